@@ -1,0 +1,47 @@
+"""zsvr_kernels: fast, exact, differentiable temporal attention over video tokens.
+
+Cross-frame attention, trajectory attention and the chaining of optical flow into trajectories, forward and
+backward, with a plain PyTorch reference for every operator. Importing needs torch alone.
+"""
+
+import torch  # noqa: F401  (before the native module: one OpenMP runtime)
+
+from zsvr_kernels.backends import explain
+from zsvr_kernels.build_info import build_info
+from zsvr_kernels.frames import (
+    absolute,
+    all_frames,
+    anchors,
+    first_and_previous,
+    index_list,
+    neighbors,
+    previous,
+    relative,
+)
+from zsvr_kernels.links import Links
+from zsvr_kernels.merging import merge_attention
+from zsvr_kernels.ops.chain_links import chain_links
+from zsvr_kernels.ops.cross_frame_attention import cross_frame_attention
+from zsvr_kernels.ops.trajectory_attention import trajectory_attention
+from zsvr_kernels.trajectories import Trajectories
+from zsvr_kernels.version import __version__
+
+__all__ = [
+    "Links",
+    "Trajectories",
+    "__version__",
+    "absolute",
+    "all_frames",
+    "anchors",
+    "build_info",
+    "chain_links",
+    "cross_frame_attention",
+    "explain",
+    "first_and_previous",
+    "index_list",
+    "merge_attention",
+    "neighbors",
+    "previous",
+    "relative",
+    "trajectory_attention",
+]

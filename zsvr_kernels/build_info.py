@@ -1,0 +1,54 @@
+"""What this installation is made of."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import torch
+
+from zsvr_kernels import _native
+from zsvr_kernels.version import __version__
+
+
+class BuildInfo(dict[str, Any]):
+    """A dict of facts whose text form is a table."""
+
+    def __str__(self) -> str:
+        width = max(map(len, self))
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in self.items())
+
+    __repr__ = __str__
+
+
+def build_info() -> BuildInfo:
+    """Return versions, native features, the CPU's instruction set in use, threads and CUDA archs.
+
+    Its text form is a table; ``python -m zsvr_kernels`` prints it.
+    """
+    info = BuildInfo(
+        zsvr_kernels=__version__,
+        python=platform.python_version(),
+        torch=torch.__version__,
+        machine=platform.machine(),
+    )
+    if _native.is_available():
+        native = _native.module()
+        info["native"] = f"yes ({native.compiler.splitlines()[0]})"
+        info["cpu_capability"] = native.isa()
+        info["cpu_capabilities_compiled"] = native.compiled_isas()
+    else:
+        info["native"] = f"no: {_native.why_missing}"
+        info["cpu_capability"] = "none"
+        info["cpu_capabilities_compiled"] = ""
+    pool = "torch's pool" if _native.parallel_for() else "none: torch < 2.10"
+    info["threads"] = f"{_native.threads()} ({pool})"
+    info["cuda_archs"] = "none: no CUDA C++ kernels in this version"
+    info["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    try:
+        import triton
+
+        info["triton"] = triton.__version__
+    except ImportError:
+        info["triton"] = "not installed"
+    return info

@@ -1,0 +1,75 @@
+"""Launches the C++ kernels of cross-frame attention on CPU tensors. Allocates everything they write."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zsvr_kernels import _native
+
+
+def _fill_common(p: Any, q: Tensor, k: Tensor, v: Tensor, frames: Tensor, scale: float) -> None:
+    p.B, p.T, p.P, p.H, p.D = q.shape
+    p.Tk, p.R = k.shape[1], frames.shape[1]
+    p.dtype, p.scale = _native.DTYPES[q.dtype], scale
+    p.q, p.k, p.v = _native.tokens(q), _native.tokens(k), _native.tokens(v)
+    p.frames = frames.data_ptr()
+
+
+def launch_fwd(
+    q: Tensor,  # [B, T, P, H, D]
+    k: Tensor,  # [B, Tk, P, H, D]
+    v: Tensor,  # [B, Tk, P, H, D]
+    frames: Tensor,  # int32 [T, R]
+    scale: float,
+    out: Tensor | None = None,  # [B, T, P, H, D], written in place if given
+) -> tuple[Tensor, Tensor]:  # out, lse fp32 [B, T, P, H]
+    native = _native.module()
+    if out is None:
+        out = q.new_empty(q.shape)
+    lse = q.new_empty(q.shape[:4], dtype=torch.float32)
+    frames = frames.contiguous()
+    p = native.CrossFrameAttentionParams()
+    _fill_common(p, q, k, v, frames, scale)
+    p.o, p.lse = _native.tokens(out), lse.data_ptr()
+    threads = _native.threads()
+    workspace = _native.workspace(native.cross_frame_attention_fwd_workspace(p, threads))
+    p.workspace = workspace.data_ptr()
+    native.cross_frame_attention_fwd(p, _native.parallel_for(), threads)
+    return out, lse
+
+
+def launch_bwd(
+    d_o: Tensor,  # [B, T, P, H, D]
+    dlse: Tensor | None,  # fp32 [B, T, P, H]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,  # [B, T, P, H, D]
+    lse: Tensor,  # fp32 [B, T, P, H]
+    frames: Tensor,  # int32 [T, R]
+    scale: float,
+    needs: tuple[bool, bool, bool],  # dq, dk, dv
+) -> tuple[Tensor, Tensor, Tensor]:  # an empty tensor where not needed
+    native = _native.module()
+    frames, lse = frames.contiguous(), lse.contiguous()
+    d_o = d_o if d_o.stride(-1) == 1 else d_o.contiguous()
+    p = native.CrossFrameAttentionBackwardParams()
+    _fill_common(p, q, k, v, frames, scale)
+    p.o, p.d_o, p.lse = _native.tokens(o), _native.tokens(d_o), lse.data_ptr()
+    if dlse is not None:
+        dlse = dlse.to(torch.float32).contiguous()
+        p.dlse = dlse.data_ptr()
+    gradients = []
+    for name, x, needed in zip(("dq", "dk", "dv"), (q, k, v), needs, strict=True):
+        gradient = q.new_empty(x.shape if needed else (0,))
+        if needed:
+            setattr(p, name, _native.tokens(gradient))
+        gradients.append(gradient)
+    threads = _native.threads()
+    workspace = _native.workspace(native.cross_frame_attention_bwd_workspace(p, threads))
+    p.workspace = workspace.data_ptr()
+    native.cross_frame_attention_bwd(p, _native.parallel_for(), threads)
+    return gradients[0], gradients[1], gradients[2]

@@ -1,0 +1,221 @@
+"""Cross-frame attention by torch's own SDPA kernels: a peer to measure against and a fallback for odd head dims.
+
+On a CPU in eager mode, rows of the frame table whose frames lie side by side become overlapping views of K
+and V (no copy); rows with every second frame, as in {i-1, i+1}, do so after K and V were stored once as even
+frames, then odd frames; any other row is gathered. Elsewhere (under torch.compile, on other devices) K and V
+are gathered for the whole table and absent entries masked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from zsvr_kernels.validation import check_frame_values
+
+
+@dataclass
+class _Group:
+    """Query frames ``queries`` (equally spaced); query number j reads ``width`` slots from ``start + j``."""
+
+    storage: (
+        str  # "frames": slot = frame; "parity": even frames, then odd ones; "gather": own copies
+    )
+    width: int
+    start: int = 0
+    queries: list[int] = field(default_factory=list)
+    sources: list[list[int]] = field(
+        default_factory=list
+    )  # frames read by each query, in slot order
+
+    def takes(self, storage: str, width: int, start: int, i: int) -> bool:
+        if (storage, width) != (self.storage, self.width):
+            return False
+        if storage != "gather" and start != self.start + len(self.queries):
+            return False
+        step = (
+            self.queries[-1] - self.queries[-2] if len(self.queries) > 1 else i - self.queries[-1]
+        )
+        return i == self.queries[-1] + step
+
+
+def _parity_slot(frame: int, Tk: int) -> int:
+    return frame // 2 + (frame % 2) * ((Tk + 1) // 2)
+
+
+def plan(rows: list[list[int]], Tk: int) -> list[_Group]:
+    """Group the rows of a frame table into windows over stored frames; absent entries are left out.
+
+    The order of a row's frames does not change its softmax, so rows are sorted first.
+    """
+    groups: list[_Group] = []
+    for i, row in enumerate(rows):
+        present = sorted(f for f in row if f >= 0)
+        if not present:
+            continue
+        steps = {b - a for a, b in zip(present, present[1:], strict=False)}
+        if steps <= {1}:
+            storage, start = "frames", present[0]
+        elif steps == {2}:
+            storage, start = "parity", _parity_slot(present[0], Tk)
+        else:
+            storage, start = "gather", 0
+        width = len(present)
+        group = next((g for g in groups if g.takes(storage, width, start, i)), None)
+        if group is None:
+            group = _Group(storage, width, start)
+            groups.append(group)
+        group.queries.append(i)
+        group.sources.append(present)
+    return groups
+
+
+def _query_view(x: Tensor, group: _Group) -> Tensor:  # [B, T, P, H, D] -> [B, J, H, P, D]
+    queries = group.queries
+    step = queries[1] - queries[0] if len(queries) > 1 else 1
+    return x[:, queries[0] : queries[-1] + 1 : step].transpose(2, 3)
+
+
+class _Stores:
+    """K or V as windows: views of the tensor itself, of its even/odd copy, or gathered frames."""
+
+    def __init__(self, x: Tensor) -> None:  # [B, Tk, P, H, D]
+        self.x = x
+        self.parity: Tensor | None = None
+
+    def windows(self, group: _Group, b: int) -> Tensor:  # [J, H, width*P, D]
+        J, P, H, D = len(group.queries), *self.x.shape[2:]
+        if group.storage == "gather":
+            index = torch.tensor(group.sources).flatten()
+            return self.x[b, index].reshape(J, group.width * P, H, D).transpose(1, 2)
+        source = self.x
+        if group.storage == "parity":
+            if self.parity is None:
+                self.parity = torch.cat((source[:, 0::2], source[:, 1::2]), 1)
+            source = self.parity
+        elif group.width > 1 and source.stride(1) != P * source.stride(2):
+            source = self.x = (
+                source.contiguous()
+            )  # frames apart in memory: no window spans two of them
+        _, frame, site, head, _ = source.stride()
+        return source.as_strided(
+            (J, H, group.width * P, D),
+            (frame, head, site, 1),
+            source.storage_offset() + b * source.stride(0) + group.start * frame,
+        )
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, groups: list[_Group], scale: float
+) -> tuple[Tensor, Tensor]:
+    B, T, P, H, _ = q.shape
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    o = q.new_zeros(q.shape)
+    lse = q.new_full((B, T, P, H), -torch.inf, dtype=wide)
+    keys, values = _Stores(k), _Stores(v)
+    for group in groups:
+        for b in range(B):
+            part, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                _query_view(q, group)[b],
+                keys.windows(group, b),
+                values.windows(group, b),
+                scale=scale,
+            )
+            _query_view(o, group)[b].copy_(part)
+            _query_view(lse[..., None], group)[b, ..., 0].copy_(part_lse)
+    return o, lse
+
+
+class CrossFrameSdpaFunction(torch.autograd.Function):
+    """Autograd over the window calls; autograd of overlapping views would be slow and fragile."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, groups: list[_Group], scale: float
+    ) -> tuple[Tensor, Tensor]:
+        o, lse = _forward(q, k, v, groups, scale)
+        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.groups, ctx.scale = groups, scale
+        ctx.mark_non_differentiable(lse)
+        return o, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_o: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, o, lse = ctx.saved_tensors
+        wide = lse.dtype
+        P = q.shape[2]
+        dq = torch.zeros_like(q)
+        dk, dv = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
+        keys, values = _Stores(k), _Stores(v)
+        for group in ctx.groups:
+            for b in range(q.shape[0]):
+                part_q, part_k, part_v = (
+                    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                        _query_view(d_o, group)[b],
+                        _query_view(q, group)[b],
+                        keys.windows(group, b),
+                        values.windows(group, b),
+                        _query_view(o, group)[b],
+                        _query_view(lse[..., None], group)[b, ..., 0],
+                        0.0,
+                        False,
+                        scale=ctx.scale,
+                    )
+                )
+                _query_view(dq, group)[b].copy_(part_q)
+                for j, sources in enumerate(group.sources):
+                    for slot, source in enumerate(sources):
+                        sites = slice(slot * P, (slot + 1) * P)
+                        dk[b, source] += part_k[j, :, sites].transpose(0, 1)
+                        dv[b, source] += part_v[j, :, sites].transpose(0, 1)
+        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None
+
+
+def _gathered(q: Tensor, k: Tensor, v: Tensor, frames: Tensor, scale: float) -> Tensor:
+    B, T, P, H, D = q.shape
+    R = frames.shape[1]
+    sources = frames.clamp(min=0).flatten().long()
+    absent = (frames < 0).repeat_interleave(P, dim=1)  # [T, R*P]
+    all_absent = absent.all(1)
+    mask = torch.zeros(absent.shape, dtype=q.dtype, device=q.device).masked_fill(
+        absent & ~all_absent[:, None], -torch.inf
+    )
+
+    def rows(x: Tensor) -> Tensor:  # [B*T, H, R*P, D]
+        return x.index_select(1, sources).reshape(B * T, R * P, H, D).transpose(1, 2)
+
+    # 0 * NaN: what an absent entry points at must not reach the sum.
+    values = rows(v).masked_fill(absent.repeat(B, 1)[:, None, :, None], 0.0)
+    o = F.scaled_dot_product_attention(
+        q.reshape(B * T, P, H, D).transpose(1, 2),
+        rows(k),
+        values,
+        attn_mask=mask.repeat(B, 1)[:, None, None, :].expand(B * T, H, P, R * P),
+        scale=scale,
+    )
+    o = o.transpose(1, 2).reshape(B, T, P, H, D)
+    return o.masked_fill(all_absent[:, None, None, None], 0.0)
+
+
+def cross_frame_attention_sdpa(
+    q: Tensor,  # [B, T, P, H, D]
+    k: Tensor,  # [B, Tk, P, H, D]
+    v: Tensor,  # [B, Tk, P, H, D]
+    frames: Tensor,  # int32 [T, R]
+    scale: float,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return output and lse (meaningless unless ``return_lse``); lse has no gradient here."""
+    if torch.compiler.is_compiling() or q.device.type != "cpu":
+        return _gathered(q, k, v, frames, scale), q.new_empty(0)
+    check_frame_values(frames, k.shape[1])
+    groups = plan(frames.tolist(), k.shape[1])
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return CrossFrameSdpaFunction.apply(q, k, v, groups, scale)
+    return _forward(q, k, v, groups, scale)

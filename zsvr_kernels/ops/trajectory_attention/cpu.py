@@ -1,0 +1,129 @@
+"""Launches the C++ kernels of trajectory attention on CPU tensors. Allocates everything they write."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zsvr_kernels import _native
+
+
+def _fill_trajectory(
+    p: Any, positions: Tensor, valid: Tensor, frames: Tensor, grid: tuple[int, int], Tk: int
+) -> None:
+    p.Bp, p.T, p.L = valid.shape[:3]
+    p.Hg, p.Wg = grid
+    p.Tk = Tk
+    p.positions, p.valid, p.frames = positions.data_ptr(), valid.data_ptr(), frames.data_ptr()
+
+
+def _fill_attention(p: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
+    p.B, p.H, p.D = q.shape[0], q.shape[3], q.shape[4]
+    p.dtype, p.scale = _native.DTYPES[q.dtype], scale
+    p.q, p.k, p.v = _native.tokens(q), _native.tokens(k), _native.tokens(v)
+
+
+def launch_fwd(
+    q: Tensor,  # [B, T, P, H, D]
+    k: Tensor,  # [B, Tk, P, H, D]
+    v: Tensor,  # [B, Tk, P, H, D]
+    positions: Tensor,  # fp32 [Bp, T, L, P, 2]
+    valid: Tensor,  # bool [Bp, T, L, P]
+    frames: Tensor,  # int32 [T, L]
+    grid: tuple[int, int],
+    scale: float,
+    out: Tensor | None = None,  # [B, T, P, H, D], written in place if given
+) -> tuple[Tensor, Tensor]:  # out, lse fp32 [B, T, P, H]
+    native = _native.module()
+    if out is None:
+        out = q.new_empty(q.shape)
+    lse = q.new_empty(q.shape[:4], dtype=torch.float32)
+    positions, valid, frames = positions.contiguous(), valid.contiguous(), frames.contiguous()
+    p = native.TrajectoryAttentionParams()
+    _fill_trajectory(p, positions, valid, frames, grid, k.shape[1])
+    _fill_attention(p, q, k, v, scale)
+    p.o, p.lse = _native.tokens(out), lse.data_ptr()
+    threads = _native.threads()
+    workspace = _native.workspace(native.trajectory_attention_fwd_workspace(p, threads))
+    p.workspace = workspace.data_ptr()
+    native.trajectory_attention_fwd(p, _native.parallel_for(), threads)
+    return out, lse
+
+
+def inverse(
+    positions: Tensor,  # fp32 [Bp, T, L, P, 2]
+    valid: Tensor,  # bool [Bp, T, L, P]
+    frames: Tensor,  # int32 [T, L]
+    grid: tuple[int, int],
+    Tk: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the inverse index of the corner gather: which samples read each source site.
+
+    Row ``(bp * Tk + j) * P + site`` owns entries ``offsets[row]..offsets[row + 1]``, ordered by sample;
+    ``sample = (i * L + l) * P + p``.
+
+    Returns:
+        offsets int64 ``[Bp*Tk*P + 1]``, samples int32 ``[nnz]``, weights float32 ``[nnz]``.
+    """
+    native = _native.module()
+    positions, valid, frames = positions.contiguous(), valid.contiguous(), frames.contiguous()
+    p = native.TrajectoryInverseParams()
+    _fill_trajectory(p, positions, valid, frames, grid, Tk)
+    offsets = torch.empty(valid.shape[0] * Tk * valid.shape[3] + 1, dtype=torch.int64)
+    p.offsets = offsets.data_ptr()
+    threads = _native.threads()
+    native.trajectory_inverse_count(p, _native.parallel_for(), threads)
+    count = int(offsets[-1])
+    samples = torch.empty(count, dtype=torch.int32)
+    weights = torch.empty(count, dtype=torch.float32)
+    p.samples, p.weights = samples.data_ptr(), weights.data_ptr()
+    native.trajectory_inverse_fill(p, _native.parallel_for(), threads)
+    return offsets, samples, weights
+
+
+def launch_bwd(
+    d_o: Tensor,  # [B, T, P, H, D]
+    dlse: Tensor | None,  # fp32 [B, T, P, H]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,  # [B, T, P, H, D]
+    lse: Tensor,  # fp32 [B, T, P, H]
+    positions: Tensor,  # fp32 [Bp, T, L, P, 2]
+    valid: Tensor,  # bool [Bp, T, L, P]
+    frames: Tensor,  # int32 [T, L]
+    index: tuple[Tensor, Tensor, Tensor] | None,  # from inverse(); None: built here if needed
+    grid: tuple[int, int],
+    scale: float,
+    needs: tuple[bool, bool, bool, bool],  # dq, dk, dv, dpositions
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # an empty tensor where not needed
+    native = _native.module()
+    positions, valid, frames = positions.contiguous(), valid.contiguous(), frames.contiguous()
+    lse = lse.contiguous()
+    d_o = d_o if d_o.stride(-1) == 1 else d_o.contiguous()
+    p = native.TrajectoryAttentionBackwardParams()
+    _fill_trajectory(p, positions, valid, frames, grid, k.shape[1])
+    _fill_attention(p, q, k, v, scale)
+    p.o, p.d_o, p.lse = _native.tokens(o), _native.tokens(d_o), lse.data_ptr()
+    if dlse is not None:
+        dlse = dlse.to(torch.float32).contiguous()
+        p.dlse = dlse.data_ptr()
+    if needs[1] or needs[2]:
+        index = index or inverse(positions, valid, frames, grid, k.shape[1])
+        p.offsets, p.samples, p.weights = (x.data_ptr() for x in index)
+    gradients = []
+    for name, x, needed in zip(("dq", "dk", "dv"), (q, k, v), needs[:3], strict=True):
+        gradient = q.new_empty(x.shape if needed else (0,))
+        if needed:
+            setattr(p, name, _native.tokens(gradient))
+        gradients.append(gradient)
+    dpositions = positions.new_empty(positions.shape if needs[3] else (0,))
+    if needs[3]:
+        p.dpositions = dpositions.data_ptr()
+    threads = _native.threads()
+    workspace = _native.workspace(native.trajectory_attention_bwd_workspace(p, threads))
+    p.workspace = workspace.data_ptr()
+    native.trajectory_attention_bwd(p, _native.parallel_for(), threads)
+    return gradients[0], gradients[1], gradients[2], dpositions
