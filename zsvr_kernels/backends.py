@@ -138,9 +138,7 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain(
-    op: str, q: Tensor, *others: object, return_lse: bool = False, **ignored: object
-) -> Explanation:
+def explain(op: str, q: Tensor, *others: object, return_lse: bool = False, **ignored: object) -> Explanation:
     """Print which backend ``backend="auto"`` runs for a call, and each refusal with its reason.
 
     Args:

@@ -8,9 +8,7 @@ from torch import Tensor
 from zsvr_kernels import validation
 
 
-def merge_attention(
-    out1: Tensor, lse1: Tensor, out2: Tensor, lse2: Tensor
-) -> tuple[Tensor, Tensor]:
+def merge_attention(out1: Tensor, lse1: Tensor, out2: Tensor, lse2: Tensor) -> tuple[Tensor, Tensor]:
     """Merge two attention outputs over disjoint keys into the output over all keys.
 
     With ``m = max(lse1, lse2)`` and ``e = exp(lse - m)``: ``out = (e1 out1 + e2 out2) / (e1 + e2)`` and

@@ -48,9 +48,7 @@ def check_shape(name: str, x: Tensor, expected: tuple[int, ...], why: str) -> No
 
 def check_device(name: str, x: Tensor, reference: Tensor) -> None:
     if x.device != reference.device:
-        raise ValueError(
-            f"{name} is on {x.device}, but q is on {reference.device}: move one of them"
-        )
+        raise ValueError(f"{name} is on {x.device}, but q is on {reference.device}: move one of them")
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> Sizes:
@@ -71,9 +69,7 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> Sizes:
     B, T, P, H, D = q.shape
     Tk = k.shape[1]
     if min(T, Tk, P, H, D) < 1:
-        raise ValueError(
-            f"T, P, H and D must be at least 1, got q {tuple(q.shape)}, k {tuple(k.shape)}"
-        )
+        raise ValueError(f"T, P, H and D must be at least 1, got q {tuple(q.shape)}, k {tuple(k.shape)}")
     for name, x in (("k", k), ("v", v)):
         check_shape(name, x, (B, Tk, P, H, D), "B, P, H, D of q and one frame count for k and v")
         check_device(name, x, q)
@@ -128,11 +124,7 @@ def check_scale(scale: object, D: int) -> float:
     """Return the logit scale: ``D ** -0.5`` for None."""
     if scale is None:
         return float(D) ** -0.5
-    if (
-        not isinstance(scale, (int, float))
-        or scale != scale
-        or scale in (float("inf"), -float("inf"))
-    ):
+    if not isinstance(scale, (int, float)) or scale != scale or scale in (float("inf"), -float("inf")):
         raise ValueError(f"scale must be a finite number or None (D ** -0.5), got {scale!r}")
     return float(scale)
 
@@ -145,18 +137,12 @@ def check_out(out: Tensor, q: Tensor, needs_grad: bool) -> None:
     if out.dtype != q.dtype:
         raise TypeError(f"out is {out.dtype}, but q is {q.dtype}")
     if needs_grad or out.requires_grad:
-        raise ValueError(
-            "out= does not record gradients: call under torch.no_grad(), or leave it out"
-        )
+        raise ValueError("out= does not record gradients: call under torch.no_grad(), or leave it out")
     if out.stride(4) != 1:
-        raise ValueError(
-            f"out's last axis must be dense (stride 1), got strides {tuple(out.stride())}"
-        )
+        raise ValueError(f"out's last axis must be dense (stride 1), got strides {tuple(out.stride())}")
     axes = sorted((st, n) for st, n in zip(out.stride(), out.shape, strict=True) if n > 1)
     span = 0
     for stride, size in axes:
         if stride <= span:
-            raise ValueError(
-                f"out overlaps itself (strides {tuple(out.stride())}): give it own memory"
-            )
+            raise ValueError(f"out overlaps itself (strides {tuple(out.stride())}): give it own memory")
         span += stride * (size - 1)

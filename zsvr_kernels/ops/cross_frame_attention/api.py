@@ -54,9 +54,9 @@ def cross_frame_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attend from every frame's tokens to all tokens of the frames listed for it.
 
-    ``out[b,i,p,h] = softmax(scale * q[b,i,p,h] . K) V``, where K and V are the ``R*P`` keys and values of frames
-    ``frames[i]``; no copy of them is made. An entry -1 is absent; a row of absent entries gives 0 (lse -inf);
-    a frame listed twice counts twice.
+    ``out[b,i,p,h] = softmax(scale * q[b,i,p,h] . K) V``, where K and V are the ``R*P`` keys and values of
+    frames ``frames[i]``; no copy of them is made. An entry -1 is absent; a row of absent entries gives 0
+    (lse -inf); a frame listed twice counts twice.
 
     Args:
         q: ``[B, T, P, H, D]`` float32, bfloat16, float16 (float64 on ``reference``); any strides, D dense.
@@ -65,18 +65,18 @@ def cross_frame_attention(
         scale: factor on the logits; None means ``D ** -0.5``.
         return_lse: also return the log-sum-exp of the logits. It is differentiable.
         backend: ``"auto"``, ``"reference"``, ``"cpu"`` or ``"sdpa"``; see `explain`.
-        out: tensor ``[B, T, P, H, D]`` to write instead of a new one, where no gradient is needed. It must not
-            share memory with q, k or v.
+        out: tensor ``[B, T, P, H, D]`` to write instead of a new one, where no gradient is needed. It must
+            not share memory with q, k or v.
 
     Returns:
         ``[B, T, P, H, D]`` of q's dtype; with ``return_lse`` also float32 ``[B, T, P, H]``, natural log.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes, devices or frame indices that do not fit; got and expected are named.
+        ValueError, TypeError: shapes, dtypes, devices or frame indices that do not fit, named with what was
+            expected.
         RuntimeError: the requested backend cannot run this call.
 
-    Source: the cross-neighbour-frame attention of arXiv 2407.01960; equations in METHOD section 2 terms are in
-    this operator's README.
+    Source: the cross-neighbour-frame attention of arXiv 2407.01960; equations are in this operator's README.
 
     Example:
         >>> q, k, v = torch.randn(3, 1, 8, 256, 4, 64).unbind(0)
@@ -90,9 +90,7 @@ def cross_frame_attention(
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if out is not None:
         validation.check_out(out, q, needs_grad)
-    call = backends.Call(
-        "cross_frame_attention", q.device.type, q.dtype, sizes.D, needs_grad, return_lse
-    )
+    call = backends.Call("cross_frame_attention", q.device.type, q.dtype, sizes.D, needs_grad, return_lse)
     backend = backends.choose(backend, call)
 
     if backend == "reference":

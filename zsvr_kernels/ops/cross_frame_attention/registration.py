@@ -39,9 +39,7 @@ def _fwd(
     return _launcher(backend).launch_fwd(q, k, v, frames, scale)
 
 
-def _out(
-    q: Tensor, k: Tensor, v: Tensor, frames: Tensor, scale: float, backend: str, out: Tensor
-) -> Tensor:
+def _out(q: Tensor, k: Tensor, v: Tensor, frames: Tensor, scale: float, backend: str, out: Tensor) -> Tensor:
     return _launcher(backend).launch_fwd(q, k, v, frames, scale, out=out)[1]
 
 

@@ -1,4 +1,4 @@
-"""Cross-frame attention by torch's own SDPA kernels: a peer to measure against and a fallback for odd head dims.
+"""Cross-frame attention by torch's own SDPA kernels: a peer, and a fallback for odd head dims.
 
 On a CPU in eager mode, rows of the frame table whose frames lie side by side become overlapping views of K
 and V (no copy); rows with every second frame, as in {i-1, i+1}, do so after K and V were stored once as even
@@ -9,6 +9,7 @@ are gathered for the whole table and absent entries masked.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -23,24 +24,18 @@ from zsvr_kernels.validation import check_frame_values
 class _Group:
     """Query frames ``queries`` (equally spaced); query number j reads ``width`` slots from ``start + j``."""
 
-    storage: (
-        str  # "frames": slot = frame; "parity": even frames, then odd ones; "gather": own copies
-    )
+    storage: str  # "frames": slot = frame; "parity": even frames, then odd ones; "gather": own copies
     width: int
     start: int = 0
     queries: list[int] = field(default_factory=list)
-    sources: list[list[int]] = field(
-        default_factory=list
-    )  # frames read by each query, in slot order
+    sources: list[list[int]] = field(default_factory=list)  # frames read by each query, in slot order
 
     def takes(self, storage: str, width: int, start: int, i: int) -> bool:
         if (storage, width) != (self.storage, self.width):
             return False
         if storage != "gather" and start != self.start + len(self.queries):
             return False
-        step = (
-            self.queries[-1] - self.queries[-2] if len(self.queries) > 1 else i - self.queries[-1]
-        )
+        step = self.queries[-1] - self.queries[-2] if len(self.queries) > 1 else i - self.queries[-1]
         return i == self.queries[-1] + step
 
 
@@ -58,7 +53,7 @@ def plan(rows: list[list[int]], Tk: int) -> list[_Group]:
         present = sorted(f for f in row if f >= 0)
         if not present:
             continue
-        steps = {b - a for a, b in zip(present, present[1:], strict=False)}
+        steps = {b - a for a, b in pairwise(present)}
         if steps <= {1}:
             storage, start = "frames", present[0]
         elif steps == {2}:
@@ -99,9 +94,7 @@ class _Stores:
                 self.parity = torch.cat((source[:, 0::2], source[:, 1::2]), 1)
             source = self.parity
         elif group.width > 1 and source.stride(1) != P * source.stride(2):
-            source = self.x = (
-                source.contiguous()
-            )  # frames apart in memory: no window spans two of them
+            source = self.x = source.contiguous()  # frames apart in memory: no window spans two of them
         _, frame, site, head, _ = source.stride()
         return source.as_strided(
             (J, H, group.width * P, D),
@@ -110,9 +103,7 @@ class _Stores:
         )
 
 
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, groups: list[_Group], scale: float
-) -> tuple[Tensor, Tensor]:
+def _forward(q: Tensor, k: Tensor, v: Tensor, groups: list[_Group], scale: float) -> tuple[Tensor, Tensor]:
     B, T, P, H, _ = q.shape
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     o = q.new_zeros(q.shape)
@@ -155,18 +146,16 @@ class CrossFrameSdpaFunction(torch.autograd.Function):
         keys, values = _Stores(k), _Stores(v)
         for group in ctx.groups:
             for b in range(q.shape[0]):
-                part_q, part_k, part_v = (
-                    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                        _query_view(d_o, group)[b],
-                        _query_view(q, group)[b],
-                        keys.windows(group, b),
-                        values.windows(group, b),
-                        _query_view(o, group)[b],
-                        _query_view(lse[..., None], group)[b, ..., 0],
-                        0.0,
-                        False,
-                        scale=ctx.scale,
-                    )
+                part_q, part_k, part_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                    _query_view(d_o, group)[b],
+                    _query_view(q, group)[b],
+                    keys.windows(group, b),
+                    values.windows(group, b),
+                    _query_view(o, group)[b],
+                    _query_view(lse[..., None], group)[b, ..., 0],
+                    0.0,
+                    False,
+                    scale=ctx.scale,
                 )
                 _query_view(dq, group)[b].copy_(part_q)
                 for j, sources in enumerate(group.sources):

@@ -54,9 +54,9 @@ def trajectory_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attend from every token to the bilinear samples of K and V along its trajectory.
 
-    Slot l of query ``(i, p)`` is live if ``frames[i, l] >= 0`` and ``valid[b, i, l, p]``; there K and V of frame
-    ``frames[i, l]`` are sampled at ``positions[b, i, l, p]`` (border clamp). The output is the softmax over the
-    live slots of ``scale * q . K_l``, times V_l. No live slot: 0 (lse -inf); one live slot: exactly V_l.
+    Slot l of query ``(i, p)`` is live if ``frames[i, l] >= 0`` and ``valid[b, i, l, p]``; there K and V of
+    frame ``frames[i, l]`` are sampled at ``positions[b, i, l, p]`` (border clamp). The output is the softmax
+    over the live slots of ``scale * q . K_l``, times V_l. No live slot: 0 (lse -inf); one live slot: exactly V_l.
 
     Args:
         q: ``[B, T, P, H, D]`` float32, bfloat16, float16 (float64 on ``reference``); any strides, D dense.
@@ -66,14 +66,15 @@ def trajectory_attention(
         scale: factor on the logits; None means ``D ** -0.5``.
         return_lse: also return the log-sum-exp of the logits. It is differentiable.
         backend: ``"auto"``, ``"reference"`` or ``"cpu"``; see `explain`.
-        out: tensor ``[B, T, P, H, D]`` to write instead of a new one, where no gradient is needed. It must not
-            share memory with q, k or v.
+        out: tensor ``[B, T, P, H, D]`` to write instead of a new one, where no gradient is needed. It must
+            not share memory with q, k or v.
 
     Returns:
         ``[B, T, P, H, D]`` of q's dtype; with ``return_lse`` also float32 ``[B, T, P, H]``, natural log.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes, devices or frame indices that do not fit; got and expected are named.
+        ValueError, TypeError: shapes, dtypes, devices or frame indices that do not fit, named with what was
+            expected.
         RuntimeError: the requested backend cannot run this call.
 
     Source: the trajectory attention of arXiv 2407.01960; equations are in this operator's README.
@@ -101,9 +102,7 @@ def trajectory_attention(
     )
     if out is not None:
         validation.check_out(out, q, needs_grad)
-    call = backends.Call(
-        "trajectory_attention", q.device.type, q.dtype, sizes.D, needs_grad, return_lse
-    )
+    call = backends.Call("trajectory_attention", q.device.type, q.dtype, sizes.D, needs_grad, return_lse)
     backend = backends.choose(backend, call)
 
     if backend == "reference":

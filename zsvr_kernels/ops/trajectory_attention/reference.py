@@ -19,7 +19,7 @@ def trajectory_attention_reference(
     grid: tuple[int, int],
     scale: float,
 ) -> tuple[Tensor, Tensor]:  # [B, T, P, H, D], [B, T, P, H]
-    """Return output and natural-log lse; one query frame at a time, so memory is ``B*L*P*H*D`` samples, twice.
+    """Return output and natural-log lse; one query frame at a time: memory is ``2*B*L*P*H*D`` samples.
 
     Arithmetic is float32, or float64 for float64 inputs (positions too); differentiable in positions.
     """
