@@ -55,7 +55,7 @@ class CMakeBuild(build_ext):
     def build_with_cmake(self, target: Path) -> None:
         import pybind11
 
-        build = Path(self.build_temp).resolve() / "native"
+        build = ROOT / "build" / f"native-{sys.implementation.cache_tag}"
         build.mkdir(parents=True, exist_ok=True)
         jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", str(os.cpu_count() or 2))
         configure = [

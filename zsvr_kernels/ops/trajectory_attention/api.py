@@ -56,7 +56,8 @@ def trajectory_attention(
 
     Slot l of query ``(i, p)`` is live if ``frames[i, l] >= 0`` and ``valid[b, i, l, p]``; there K and V of
     frame ``frames[i, l]`` are sampled at ``positions[b, i, l, p]`` (border clamp). The output is the softmax
-    over the live slots of ``scale * q . K_l``, times V_l. No live slot: 0 (lse -inf); one live slot: exactly V_l.
+    over the live slots of ``scale * q . K_l``, times V_l. No live slot: 0 (lse -inf); one live slot: exactly
+    V_l.
 
     Args:
         q: ``[B, T, P, H, D]`` float32, bfloat16, float16 (float64 on ``reference``); any strides, D dense.

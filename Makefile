@@ -1,0 +1,75 @@
+# The developer's interface. Every target sets up what it needs; `make` alone lists them.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+OUT    ?= demo_out
+JOBS   ?= $(shell nproc 2>/dev/null || echo 2)
+
+NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h') CMakeLists.txt setup.py
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help setup demo test lint format sanitize bench gpu wheel clean
+
+help:
+	@echo "make demo      denoise a photographic sequence with the two attention operators; writes $(OUT)/"
+	@echo "make test      the whole test suite"
+	@echo "make lint      ruff, mypy, clang-format"
+	@echo "make format    rewrite sources to the project's format"
+	@echo "make sanitize  native tests under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make bench     measure against peers; writes bench/results/ (BENCH='--quick' for a smoke run)"
+	@echo "make gpu       GPU tests and measurements"
+	@echo "make wheel     build a wheel in isolation into dist/"
+	@echo "make clean     remove everything that was built"
+
+# One environment, from constraints.txt; made anew when the pins change.
+$(VENV)/.installed: constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "Python 3.10 or later is needed"'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q -c constraints.txt torch numpy "setuptools>=77" cmake ninja pybind11 \
+	  av opencv-python-headless pillow tqdm pytest pytest-timeout pytest-benchmark hypothesis scikit-image \
+	  torchmetrics ruff mypy clang-format
+	@touch $@
+
+# The package itself, editable; rebuilt when a native source changes.
+$(VENV)/.built: $(VENV)/.installed $(NATIVE)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install -q --no-deps --no-build-isolation -e .
+	@touch $@
+
+setup: $(VENV)/.built
+
+demo: setup
+	$(BIN)/python -m zsvr_kernels.demo --overwrite $(OUT)
+
+test: setup
+	$(BIN)/python -m pytest -q $(TESTS)
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h')
+
+format: $(VENV)/.installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h')
+
+sanitize: $(VENV)/.installed
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/sanitize -GNinja -DCMAKE_BUILD_TYPE=Release \
+	  -DZSVR_SANITIZE=address,undefined -DZSVR_BUILD_TESTS=ON -DZSVR_BUILD_MODULE=OFF
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/sanitize -j $(JOBS)
+	PATH="$(abspath $(BIN)):$$PATH" ctest --test-dir build/sanitize --output-on-failure
+
+bench: setup
+	$(BIN)/python -m bench $(BENCH)
+
+gpu:
+	@echo "There are no GPU kernels in this version, so there is nothing to run yet."
+
+wheel: $(VENV)/.installed
+	$(BIN)/python -m pip wheel -q --no-deps -w dist .
+
+clean:
+	rm -rf $(VENV) build dist demo_out *.egg-info python/*.egg-info zsvr_kernels/*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
