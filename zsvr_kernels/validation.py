@@ -85,8 +85,7 @@ def check_frames(frames: Tensor, q: Tensor) -> None:
     check_device("frames", frames, q)
     if frames.shape[0] != q.shape[1] or frames.shape[1] < 1:
         raise ValueError(
-            f"frames must be [T, R] with T = {q.shape[1]} rows (frames of q) and R >= 1, "
-            f"got {tuple(frames.shape)}"
+            f"frames must be [T, R] with T = {q.shape[1]} rows (frames of q) and R >= 1, got {tuple(frames.shape)}"
         )
 
 
@@ -98,16 +97,13 @@ def check_frame_values(frames: Tensor, Tk: int) -> None:
         raise ValueError(f"frames holds {bad}, but entries must be -1 (absent) or 0..{Tk - 1}")
 
 
-def check_trajectories(
-    positions: Tensor, valid: Tensor, frames: Tensor, grid: tuple[int, int], q: Tensor
-) -> None:
+def check_trajectories(positions: Tensor, valid: Tensor, frames: Tensor, grid: tuple[int, int], q: Tensor) -> None:
     """Check ``positions [Bp, T, L, P, 2]``, ``valid [Bp, T, L, P]``, ``frames [T, L]`` against ``q``."""
     B, T, P = q.shape[0], q.shape[1], q.shape[2]
     Bp, L = positions.shape[0], positions.shape[2]
     if grid[0] * grid[1] != P:
         raise ValueError(
-            f"trajectories live on a {grid[0]}x{grid[1]} grid ({grid[0] * grid[1]} sites), "
-            f"but q has P = {P} sites"
+            f"trajectories live on a {grid[0]}x{grid[1]} grid ({grid[0] * grid[1]} sites), but q has P = {P} sites"
         )
     if positions.shape[1] != T:
         raise ValueError(f"trajectories cover {positions.shape[1]} frames, but q has T = {T}")

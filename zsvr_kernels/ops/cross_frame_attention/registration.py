@@ -33,9 +33,7 @@ def _launcher(backend: str) -> Any:
     return importlib.import_module(f"{__package__}.{_LAUNCHERS[backend]}")
 
 
-def _fwd(
-    q: Tensor, k: Tensor, v: Tensor, frames: Tensor, scale: float, backend: str
-) -> tuple[Tensor, Tensor]:
+def _fwd(q: Tensor, k: Tensor, v: Tensor, frames: Tensor, scale: float, backend: str) -> tuple[Tensor, Tensor]:
     return _launcher(backend).launch_fwd(q, k, v, frames, scale)
 
 
@@ -72,9 +70,7 @@ def _fwd_fake(
 
 
 @torch.library.register_fake("zsvr::cross_frame_attention_out", lib=_library)
-def _out_fake(
-    q: Tensor, k: Tensor, v: Tensor, frames: Tensor, scale: float, backend: str, out: Tensor
-) -> Tensor:
+def _out_fake(q: Tensor, k: Tensor, v: Tensor, frames: Tensor, scale: float, backend: str, out: Tensor) -> Tensor:
     return q.new_empty(q.shape[:4], dtype=torch.float32)
 
 

@@ -119,9 +119,7 @@ def trajectory_attention(
         )
         o = out
     else:
-        o, lse = torch.ops.zsvr.trajectory_attention_fwd(
-            q, k, v, positions, valid, frames, *grid, scale, backend
-        )
+        o, lse = torch.ops.zsvr.trajectory_attention_fwd(q, k, v, positions, valid, frames, *grid, scale, backend)
     if out is not None and o is not out:
         out.copy_(o)
         o = out

@@ -153,9 +153,7 @@ class TrajectoryAttentionFunction(torch.autograd.Function):
         backend: str,
         return_lse: bool,
     ) -> tuple[Tensor, Tensor]:
-        o, lse = torch.ops.zsvr.trajectory_attention_fwd(
-            q, k, v, positions, valid, frames, Hg, Wg, scale, backend
-        )
+        o, lse = torch.ops.zsvr.trajectory_attention_fwd(q, k, v, positions, valid, frames, Hg, Wg, scale, backend)
         ctx.save_for_backward(q, k, v, o, lse, positions, valid, frames)
         ctx.trajectories, ctx.grid, ctx.scale = trajectories, (Hg, Wg), scale
         ctx.backend, ctx.return_lse = backend, return_lse

@@ -1,0 +1,69 @@
+"""The public function: checks, chooses a backend, hands over."""
+
+from __future__ import annotations
+
+import torch
+
+from zsvr_kernels import backends
+from zsvr_kernels.links import ROUNDINGS, Links
+from zsvr_kernels.ops.chain_links import registration  # noqa: F401  (defines torch.ops.zsvr.chain_links)
+from zsvr_kernels.ops.chain_links.reference import chain_links_reference, slot_frames
+from zsvr_kernels.trajectories import Trajectories
+
+LINK_RULES = ("nearest", "corners")
+
+
+def chain_links(
+    links: Links,
+    *,
+    window: int | None = None,
+    rounding: str = "bilinear",
+    link_rule: str = "nearest",
+    backend: str = "auto",
+) -> Trajectories:
+    """Chain adjacent-frame links into the trajectory of every token of every frame.
+
+    From its own site a token moves by the bilinearly sampled displacement field, frame by frame, forward and
+    backward. It is lost for good at the first link that is not valid, or when it leaves the grid by more than
+    half a pixel; lost slots hold the own site and are not valid. The own slot is the own site, always valid.
+
+    Args:
+        links: from `Links.from_flow` or `Links.from_positions`, for T frames.
+        window: None: every frame has a slot, ``L = T``; w >= 0: the 2w+1 frames around the own one.
+        rounding: ``"nearest"`` rounds every link to a site first.
+        link_rule: the link taken from a sub-pixel position is valid if it is valid at the ``"nearest"`` site, or
+            at all ``"corners"`` of non-zero weight.
+        backend: ``"auto"``, ``"reference"`` or ``"cpu"``.
+
+    Returns:
+        Trajectories, 9 bytes for each of ``B*T*L*P`` slots. No gradient flows through.
+
+    Raises:
+        TypeError, ValueError: not links, a negative window, unknown options.
+
+    Example:
+        >>> flow = torch.zeros(1, 7, 2, 96, 128)
+        >>> links = zsvr_kernels.Links.from_flow(flow, flow, grid=(12, 16))
+        >>> zsvr_kernels.chain_links(links, window=2).positions.shape
+        torch.Size([1, 8, 5, 192, 2])
+    """
+    if not isinstance(links, Links):
+        raise TypeError(f"links must be zsvr_kernels.Links, got {type(links).__name__}")
+    if window is not None and (isinstance(window, bool) or not isinstance(window, int)):
+        raise TypeError(f"window must be an int or None, got {window!r}")
+    if window is not None and window < 0:
+        raise ValueError(f"window must be at least 0, got {window}")
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
+    if link_rule not in LINK_RULES:
+        raise ValueError(f"link_rule must be one of {', '.join(LINK_RULES)}, got {link_rule!r}")
+    fields = (links.forward, links.backward, links.valid_forward, links.valid_backward)
+    call = backends.Call("chain_links", links.forward.device.type, links.forward.dtype, None)
+    backend = backends.choose(backend, call)
+    nearest, corners = rounding == "nearest", link_rule == "corners"
+    if backend == "reference":
+        positions, valid = chain_links_reference(*fields, links.grid, window, nearest, corners)
+    else:
+        positions, valid = torch.ops.zsvr.chain_links(*fields, *links.grid, window, nearest, corners, backend)
+    frames = slot_frames(links.frames, window).to(positions.device)
+    return Trajectories(positions, valid, frames, links.grid)
