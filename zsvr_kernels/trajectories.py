@@ -53,7 +53,7 @@ class Trajectories:
         grid = check_grid(grid)
         validation.check_tensor("positions", positions, 5, "[B, T, L, P, 2]")
         validation.check_dtype("positions", positions, torch.float32)
-        B, T, L, P, _ = positions.shape
+        B, T, L = positions.shape[:3]
         if min(B, T, L) < 1:
             raise ValueError(f"B, T and L must be at least 1, got positions {tuple(positions.shape)}")
         expected = (B, T, L, grid[0] * grid[1], 2)

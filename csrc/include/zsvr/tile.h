@@ -1,0 +1,244 @@
+// The two matrix products of attention on a CPU, with one operand in SIMD lanes and the other as scalars.
+//
+// A packed operand is [D, kLanes] float32: channel-major, one query (or key) per lane. The other operand is
+// a list of row pointers, read in place as broadcasts, so any strides do and frame borders inside a block of
+// rows cost nothing:
+//   score_block:       s[n][lane]  = rows[n] . packed[:, lane]               rows in groups of kRows
+//   accumulate_block:  o[c][lane] (+)= sum_n rows[n][c] * s[n][lane]         channels in groups of kRows
+// kRows x kVectors accumulators fill the register file: 6 x 4 of 32 on AVX-512, 6 x 2 of 16 on AVX2.
+#pragma once
+
+#include "zsvr/simd.h"
+
+namespace zsvr {
+namespace ZSVR_ISA {
+
+inline constexpr int kVectors = ZSVR_ISA_LEVEL >= 2 ? 4 : 2;
+inline constexpr int kRows = ZSVR_ISA_LEVEL >= 1 ? 6 : 4;
+inline constexpr int kLanes = kVectors * kWidth;
+static_assert((kRows + 1) * kVectors + 1 <= (ZSVR_ISA_LEVEL >= 2 ? 32 : 16));
+
+inline constexpr int64_t kAlign = 64;
+ZSVR_INLINE int64_t aligned(int64_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
+
+// ---- transposing pack and unpack -----------------------------------------------------------------------
+
+#if defined(__clang__)
+ZSVR_INLINE void transpose(Vec (&rows)[kWidth]) {
+  float buffer[kWidth][kWidth];
+  for (int i = 0; i < kWidth; ++i) store(buffer[i], rows[i]);
+  for (int i = 0; i < kWidth; ++i) {
+    for (int j = 0; j < kWidth; ++j) rows[i][j] = buffer[j][i];
+  }
+}
+#else
+template <int kStep>
+ZSVR_INLINE void transpose_stage(Vec (&rows)[kWidth]) {
+  VecInt low{}, high{};
+  for (int lane = 0; lane < kWidth; ++lane) {
+    const bool odd = (lane & kStep) != 0;
+    low[lane] = odd ? kWidth + lane - kStep : lane;
+    high[lane] = odd ? kWidth + lane : lane + kStep;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kWidth; ++i) {
+    if ((i & kStep) != 0) continue;
+    const Vec a = rows[i], b = rows[i + kStep];
+    rows[i] = __builtin_shuffle(a, b, low);
+    rows[i + kStep] = __builtin_shuffle(a, b, high);
+  }
+}
+
+ZSVR_INLINE void transpose(Vec (&rows)[kWidth]) {
+  transpose_stage<1>(rows);
+  transpose_stage<2>(rows);
+  if constexpr (kWidth >= 8) transpose_stage<4>(rows);
+  if constexpr (kWidth >= 16) transpose_stage<8>(rows);
+}
+#endif
+
+// packed[c][n] = factor * source[n * stride + c] for n < count; lanes count..vectors*kWidth are zero.
+template <class Scalar>
+static void pack_transposed(const Scalar* source, int64_t stride, int count, int vectors, int D,
+                            float factor, float* packed) {
+  const Vec scale = broadcast(factor);
+  for (int v = 0; v < vectors; ++v) {
+    for (int c = 0; c < D; c += kWidth) {
+      const int channels = D - c < kWidth ? D - c : kWidth;
+      Vec rows[kWidth];
+#pragma GCC unroll 16
+      for (int i = 0; i < kWidth; ++i) {
+        const int n = v * kWidth + i;
+        rows[i] = n < count ? load_first(source + n * stride + c, channels) * scale : zero();
+      }
+      transpose(rows);
+      for (int i = 0; i < channels; ++i) store(packed + (c + i) * kLanes + v * kWidth, rows[i]);
+    }
+  }
+}
+
+// target[n * stride + c] = packed[c][n] * factors[n] for n < count.
+template <class Scalar>
+static void unpack_transposed(const float* packed, const float* factors, int count, int vectors,
+                              int D, Scalar* target, int64_t stride) {
+  for (int v = 0; v < vectors; ++v) {
+    const Vec factor = load(factors + v * kWidth);
+    for (int c = 0; c < D; c += kWidth) {
+      const int channels = D - c < kWidth ? D - c : kWidth;
+      Vec rows[kWidth];
+#pragma GCC unroll 16
+      for (int i = 0; i < kWidth; ++i) {
+        rows[i] = i < channels ? load(packed + (c + i) * kLanes + v * kWidth) * factor : zero();
+      }
+      transpose(rows);
+#pragma GCC unroll 16
+      for (int i = 0; i < kWidth; ++i) {
+        const int n = v * kWidth + i;
+        if (n < count) store_first(target + n * stride + c, rows[i], channels);
+      }
+    }
+  }
+}
+
+// ---- rows as float32 -----------------------------------------------------------------------------------
+
+// Makes rows[n] point at float32 values of the given storage rows: in place for float32, else converted into
+// scratch [count, D].
+ZSVR_INLINE void float_rows(const float* const* source, int count, int, float*,
+                            const float** rows) {
+  for (int n = 0; n < count; ++n) rows[n] = source[n];
+}
+
+template <class Scalar>
+static void float_rows(const Scalar* const* source, int count, int D, float* scratch,
+                       const float** rows) {
+  for (int n = 0; n < count; ++n) {
+    float* row = scratch + static_cast<int64_t>(n) * D;
+    int c = 0;
+    for (; c + kWidth <= D; c += kWidth) store(row + c, load(source[n] + c));
+    if (c < D) store_first(row + c, load_first(source[n] + c, D - c), D - c);
+    rows[n] = row;
+  }
+}
+
+// ---- scores --------------------------------------------------------------------------------------------
+
+template <int kCount, int kVec>
+ZSVR_INLINE void score_rows(const float* const* rows, const float* packed, int D, float* s,
+                            Vec* peak) {
+  Vec sum[kCount][kVec];
+#pragma GCC unroll 8
+  for (int r = 0; r < kCount; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVec; ++v) sum[r][v] = zero();
+  }
+  const float* row[kCount];
+#pragma GCC unroll 8
+  for (int r = 0; r < kCount; ++r) row[r] = rows[r];
+#pragma GCC unroll 2
+  for (int c = 0; c < D; ++c) {
+    Vec lane[kVec];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVec; ++v) lane[v] = load(packed + c * kLanes + v * kWidth);
+#pragma GCC unroll 8
+    for (int r = 0; r < kCount; ++r) {
+      const Vec x = broadcast(row[r][c]);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVec; ++v) sum[r][v] = fma(x, lane[v], sum[r][v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kCount; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVec; ++v) {
+      store(s + r * kLanes + v * kWidth, sum[r][v]);
+      if (peak != nullptr) peak[v] = max(sum[r][v], peak[v]);
+    }
+  }
+}
+
+// s[n][lane] = rows[n] . packed[:, lane] for n < count; peak[v], if given, is raised to the largest.
+template <int kVec>
+static void score_block(const float* const* rows, int count, const float* packed, int D, float* s,
+                        Vec* peak) {
+  int n = 0;
+  for (; n + kRows <= count; n += kRows) {
+    score_rows<kRows, kVec>(rows + n, packed, D, s + n * kLanes, peak);
+  }
+  switch (count - n) {
+    case 1:
+      return score_rows<1, kVec>(rows + n, packed, D, s + n * kLanes, peak);
+    case 2:
+      return score_rows<2, kVec>(rows + n, packed, D, s + n * kLanes, peak);
+    case 3:
+      return score_rows<3, kVec>(rows + n, packed, D, s + n * kLanes, peak);
+    case 4:
+      if constexpr (kRows > 4) score_rows<4, kVec>(rows + n, packed, D, s + n * kLanes, peak);
+      return;
+    case 5:
+      if constexpr (kRows > 5) score_rows<5, kVec>(rows + n, packed, D, s + n * kLanes, peak);
+      return;
+    default:
+      return;
+  }
+}
+
+// ---- accumulation --------------------------------------------------------------------------------------
+
+// What happens to the old value of o.
+enum class Keep { kNothing, kAll, kScaled };
+
+template <int kCount, int kVec>
+ZSVR_INLINE void accumulate_channels(const float* const* rows, int count, int c, const float* s,
+                                     Keep keep, const Vec* scale, float* o) {
+  Vec sum[kCount][kVec];
+#pragma GCC unroll 8
+  for (int r = 0; r < kCount; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVec; ++v) sum[r][v] = zero();
+  }
+#pragma GCC unroll 2
+  for (int n = 0; n < count; ++n) {
+    const float* row = rows[n] + c;
+    Vec lane[kVec];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVec; ++v) lane[v] = load(s + n * kLanes + v * kWidth);
+#pragma GCC unroll 8
+    for (int r = 0; r < kCount; ++r) {
+      const Vec x = broadcast(row[r]);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVec; ++v) sum[r][v] = fma(x, lane[v], sum[r][v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kCount; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVec; ++v) {
+      float* target = o + (c + r) * kLanes + v * kWidth;
+      if (keep == Keep::kAll) sum[r][v] = sum[r][v] + load(target);
+      if (keep == Keep::kScaled) sum[r][v] = fma(load(target), scale[v], sum[r][v]);
+      store(target, sum[r][v]);
+    }
+  }
+}
+
+// o[c][lane] = (kept old value) + sum over n < count of rows[n][c] * s[n][lane].
+template <int kVec>
+static void accumulate_block(const float* const* rows, int count, const float* s, int D, Keep keep,
+                             const Vec* scale, float* o) {
+  int c = 0;
+  for (; c + kRows <= D; c += kRows) {
+    accumulate_channels<kRows, kVec>(rows, count, c, s, keep, scale, o);
+  }
+  switch (D - c) {  // D is a multiple of 8, kRows is 6 or 4
+    case 2:
+      return accumulate_channels<2, kVec>(rows, count, c, s, keep, scale, o);
+    case 4:
+      return accumulate_channels<4, kVec>(rows, count, c, s, keep, scale, o);
+    default:
+      return;
+  }
+}
+
+}  // namespace ZSVR_ISA
+}  // namespace zsvr
