@@ -26,8 +26,8 @@ struct KeyWalk {
         ++r;
         continue;
       }
-      const Scalar* key = p.k.at<Scalar>(b, row[r], site, h);
-      const Scalar* value = p.v.at<Scalar>(b, row[r], site, h);
+      const Scalar* key = p.k.template at<Scalar>(b, row[r], site, h);
+      const Scalar* value = p.v.template at<Scalar>(b, row[r], site, h);
       const int64_t left = p.P - site;
       const int taken = left < kKeys - count ? static_cast<int>(left) : kKeys - count;
       for (int n = 0; n < taken; ++n) {

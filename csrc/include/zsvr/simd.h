@@ -246,6 +246,45 @@ ZSVR_INLINE float reduce_max(Vec x) {
   return result;
 }
 
+// Adds neighbours kStep lanes apart within a and within b, and interleaves: the lanes whose index has bit kStep
+// come from b. Applying it for steps 1, 2, 4, ... to pairs of 8 vectors sums each vector into its own lane.
+template <int kStep>
+ZSVR_INLINE Vec merge_add(Vec a, Vec b) {
+#if defined(__clang__)
+  Vec result;
+  for (int lane = 0; lane < kWidth; ++lane) {
+    const int low = lane & ~kStep;
+    result[lane] = (lane & kStep) != 0 ? b[low] + b[low + kStep] : a[low] + a[low + kStep];
+  }
+  return result;
+#else
+  VecInt low{}, high{};
+  for (int lane = 0; lane < kWidth; ++lane) {
+    const int from = (lane & ~kStep) + ((lane & kStep) != 0 ? kWidth : 0);
+    low[lane] = from;
+    high[lane] = from + kStep;
+  }
+  return __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
+#endif
+}
+
+// Lane n of the result is the sum of all lanes of x[n].
+ZSVR_INLINE Vec reduce_group(const Vec (&x)[kWidth >= 8 ? 8 : 4]) {
+  const Vec a = merge_add<1>(x[0], x[1]), b = merge_add<1>(x[2], x[3]);
+  const Vec ab = merge_add<2>(a, b);
+#if ZSVR_ISA_LEVEL >= 1
+  const Vec c = merge_add<1>(x[4], x[5]), d = merge_add<1>(x[6], x[7]);
+  const Vec all = merge_add<4>(ab, merge_add<2>(c, d));
+#if ZSVR_ISA_LEVEL >= 2
+  return merge_add<8>(all, all);
+#else
+  return all;
+#endif
+#else
+  return ab;
+#endif
+}
+
 // 2^x: exactly 1 at 0, 0 below -126 (so for -inf), relative error below 1.5e-7; NaN gives NaN. x <= 128.
 ZSVR_INLINE Vec exp2(Vec x) {
 #if ZSVR_ISA_LEVEL >= 2

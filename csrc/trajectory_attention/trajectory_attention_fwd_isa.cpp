@@ -1,0 +1,136 @@
+// Computes:  o = sum over live slots of softmax(scale q . K_l) V_l, K_l and V_l bilinear samples, and lse.
+// Tasks:     (clip, query frame, tile of up to 8x8 sites); a task owns its rows of o and lse.
+// Tiles:     scores [L, sites, H] of a tile; slots outer and sites inner, so that neighbouring sites meet the
+//            same rows of K in cache; then one site at a time for V with the output in registers.
+// Traffic:   q and o once; 4 corner rows of k and v per live slot, shared by neighbours through the cache.
+// Numerics:  float32 arithmetic, softmax in base 2; a single live slot has weight exactly 1.
+#include <cmath>
+
+#include "trajectory_attention/samples.h"
+#include "trajectory_attention/trajectory_attention.h"
+
+namespace zsvr {
+namespace ZSVR_ISA {
+namespace {
+
+using Params = TrajectoryAttentionParams;
+
+int64_t score_bytes(const Params& p, const Tiling& tiling) {
+  return aligned(tiling.height * tiling.width * p.L * p.H * 4);
+}
+
+int64_t scratch_bytes(const Params& p, const Tiling& tiling) {
+  return score_bytes(p, tiling) + aligned(p.L * static_cast<int64_t>(sizeof(Sample<float>)));
+}
+
+// Scores in base 2 -> weights of the softmax over slots; writes lse. rows = sites * H values per slot.
+void softmax(const Params& p, float* scores, int64_t b, int64_t i, const TileSites& sites) {
+  const float factor = p.scale * kLog2E;
+  const Vec scale = broadcast(factor);
+  const int64_t rows = sites.count() * p.H;
+  const Vec lowest = broadcast(-__builtin_inff());
+  for (int64_t at = 0; at < rows; at += kWidth) {
+    const int lanes = rows - at < kWidth ? static_cast<int>(rows - at) : kWidth;
+    Vec peak = lowest;
+    for (int64_t l = 0; l < p.L; ++l) {
+      const Vec x = load_first(scores + l * rows + at, lanes) * scale;
+      store_first(scores + l * rows + at, x, lanes);
+      peak = max(x, peak);
+    }
+    const Vec base = max(peak, broadcast(-3.0e38f));  // no live slot: exp2(-inf) = 0, not NaN
+    Vec sum = zero();
+    for (int64_t l = 0; l < p.L; ++l) {
+      const Vec e = exp2(load_first(scores + l * rows + at, lanes) - base);
+      store_first(scores + l * rows + at, e, lanes);
+      sum = sum + e;
+    }
+    const Vec inverse = broadcast(1.0f) / sum;
+    for (int64_t l = 0; l < p.L; ++l) {
+      const Vec e = load_first(scores + l * rows + at, lanes);
+      store_first(scores + l * rows + at, e * inverse, lanes);
+    }
+    float peaks[kWidth], sums[kWidth];
+    store(peaks, base);
+    store(sums, sum);
+    for (int n = 0; n < lanes; ++n) {
+      const int64_t site = sites.site((at + n) / p.H), h = (at + n) % p.H;
+      const float lse = sums[n] == 0.0f ? -__builtin_inff() : (peaks[n] + ::log2f(sums[n])) * kLn2;
+      p.lse[((b * p.T + i) * p.Hg * p.Wg + site) * p.H + h] = lse;
+    }
+  }
+}
+
+template <class Scalar>
+void attend(const Params& p, const Tiling& tiling, int64_t b, int64_t i, int64_t tile,
+            char* scratch) {
+  const TileSites sites = tile_at(tiling, tile, p.Hg, p.Wg);
+  const int64_t P = p.Hg * p.Wg, rows = sites.count() * p.H;
+  const int D = static_cast<int>(p.D);
+  const int64_t trajectory = (b % p.Bp * p.T + i) * p.L * P;  // sample of slot 0, site 0
+  const int32_t* frames = p.frames + i * p.L;
+  float* scores = reinterpret_cast<float*>(scratch);
+  auto* samples = reinterpret_cast<Sample<Scalar>*>(scratch + score_bytes(p, tiling));
+
+  for (int64_t l = 0; l < p.L; ++l) {
+    for (int64_t n = 0; n < sites.count(); ++n) {
+      const int64_t site = sites.site(n), at = trajectory + l * P + site;
+      float* out = scores + l * rows + n * p.H;
+      if (frames[l] < 0 || p.valid[at] == 0) {
+        for (int64_t h = 0; h < p.H; ++h) out[h] = -__builtin_inff();
+        continue;
+      }
+      const Sample<Scalar> sample = sample_at<Scalar>(p.k, b, frames[l], p.positions + 2 * at, p.Hg,
+                                                      p.Wg, static_cast<int>(l));
+      dots(sample, p.k.stride_h, p.q.at<Scalar>(b, i, site, 0), p.q.stride_h, p.H, D, out);
+    }
+  }
+  softmax(p, scores, b, i, sites);
+  for (int64_t n = 0; n < sites.count(); ++n) {
+    const int64_t site = sites.site(n);
+    int live = 0;
+    for (int64_t l = 0; l < p.L; ++l) {
+      const int64_t at = trajectory + l * P + site;
+      if (frames[l] < 0 || p.valid[at] == 0) continue;
+      samples[live++] = sample_at<Scalar>(p.v, b, frames[l], p.positions + 2 * at, p.Hg, p.Wg,
+                                          static_cast<int>(l));
+    }
+    blend(samples, live, p.v.stride_h, scores + n * p.H, rows, 1.0f, p.H, D,
+          p.o.at<Scalar>(b, i, site, 0), p.o.stride_h);
+  }
+}
+
+template <class Scalar>
+void run(const Params& p, const Executor& executor) {
+  const Tiling tiling = tiling_of(p.Hg, p.Wg, p.L, p.H);
+  const int64_t tiles = tiling.rows * tiling.columns;
+  const int64_t bytes = scratch_bytes(p, tiling);
+  run_tasks(executor, p.B * p.T * tiles, [&](int64_t task, int worker) {
+    attend<Scalar>(p, tiling, task / (p.T * tiles), task / tiles % p.T, task % tiles,
+                   static_cast<char*>(p.workspace) + worker * bytes);
+  });
+}
+
+}  // namespace
+
+int64_t trajectory_attention_fwd_workspace(const TrajectoryAttentionParams& params, int threads) {
+  const Tiling tiling = tiling_of(params.Hg, params.Wg, params.L, params.H);
+  return threads * scratch_bytes(params, tiling);
+}
+
+Status trajectory_attention_fwd(const TrajectoryAttentionParams& params, const Executor& executor) {
+  switch (params.dtype) {
+    case DType::kFloat32:
+      run<float>(params, executor);
+      break;
+    case DType::kBFloat16:
+      run<BFloat16>(params, executor);
+      break;
+    case DType::kFloat16:
+      run<Float16>(params, executor);
+      break;
+  }
+  return ok_status();
+}
+
+}  // namespace ZSVR_ISA
+}  // namespace zsvr
