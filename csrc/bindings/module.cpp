@@ -137,13 +137,13 @@ void bind_trajectory_attention(py::module_& m) {
     bind_tokens(c, "q", &Params::q);
     bind_tokens(c, "k", &Params::k);
     bind_tokens(c, "v", &Params::v);
-    bind_tokens(c, "o", &Params::o);
     bind_pointer(c, "lse", &Params::lse);
     bind_pointer(c, "workspace", &Params::workspace);
   };
   py::class_<TrajectoryAttentionParams> forward(m, "TrajectoryAttentionParams");
   trajectory(forward);
   attention(forward);
+  bind_tokens(forward, "o", &TrajectoryAttentionParams::o);
   py::class_<TrajectoryAttentionBackwardParams> backward(m, "TrajectoryAttentionBackwardParams");
   trajectory(backward);
   attention(backward);

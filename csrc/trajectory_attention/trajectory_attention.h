@@ -46,7 +46,7 @@ struct TrajectoryAttentionBackwardParams {
   int64_t B = 0, Bp = 0, T = 0, Tk = 0, Hg = 0, Wg = 0, H = 0, D = 0, L = 0;
   DType dtype = DType::kFloat32;
   float scale = 0.0f;
-  ConstTokens q, k, v, o, d_o;        // as forward; d_o is the gradient of o, same dtype
+  ConstTokens q, k, v, d_o;           // as forward; d_o is the gradient of o, same dtype
   const float* positions = nullptr;   // [Bp, T, L, P, 2] dense
   const uint8_t* valid = nullptr;     // [Bp, T, L, P] dense
   const int32_t* frames = nullptr;    // [T, L] dense

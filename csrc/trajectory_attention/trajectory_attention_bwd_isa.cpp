@@ -1,4 +1,4 @@
-// Computes:  with p_l = exp(z_l - lse), g_l = dO . V_l, ds_l = p_l (g_l - delta), delta = dO . o - dlse:
+// Computes:  with p_l = exp(z_l - lse), g_l = dO . V_l, ds_l = p_l (g_l - delta), delta = sum p_l g_l - dlse:
 //            dq = scale sum_l ds_l K_l; dk[cell] = scale sum w ds q, dv[cell] = sum w p dO over the samples
 //            that read the cell; dpositions from the corner dots.
 // Tasks:     per clip, pass A: (query frame, tile of sites) for p, ds, dq, dpositions; pass B: (source frame, 16
@@ -6,7 +6,8 @@
 // Tiles:     pass A as the forward; pass B keeps one head's row of dk and dv in registers over its entries.
 // Traffic:   pass A reads K and V twice as the forward does; p and ds [T, L, P, 2, H] are written and read once
 //            per corner; pass B reads q and dO rows once per entry (4 corners per live sample).
-// Numerics:  float32 sums in the order of samples, so results do not depend on the thread count.
+// Numerics:  float32 sums in the order of samples, so results do not depend on the thread count; delta comes
+//            from p and g rather than from the rounded output, so one live slot has ds = 0 to float32.
 #include "trajectory_attention/samples.h"
 #include "trajectory_attention/trajectory_attention.h"
 
@@ -85,34 +86,32 @@ void position_gradient(const Params& p, int64_t b, int64_t i, int64_t site, int6
 }
 
 // Logits -> p, dO . V -> ds, in place; delta and lse per (site, head).
-template <class Scalar>
 void softmax_gradient(const Params& p, const Scratch& scratch, int64_t b, int64_t i,
                       const TileSites& sites) {
   const int64_t rows = sites.count() * p.H;
   const Vec scale = broadcast(p.scale * kLog2E);
   for (int64_t at = 0; at < rows; at += kWidth) {
     const int lanes = rows - at < kWidth ? static_cast<int>(rows - at) : kWidth;
-    float lses[kWidth] = {}, deltas[kWidth] = {};
+    float lses[kWidth] = {}, dlses[kWidth] = {};
     for (int n = 0; n < lanes; ++n) {
       const int64_t site = sites.site((at + n) / p.H), h = (at + n) % p.H;
       const int64_t index = ((b * p.T + i) * sites_of(p) + site) * p.H + h;
       const float lse = p.lse[index] * kLog2E;
       lses[n] = lse == -__builtin_inff() ? 0.0f : lse;  // no live slot: every p is exp2(-inf)
-      const Scalar* o = p.o.at<Scalar>(b, i, site, h);
-      const Scalar* d_o = p.d_o.at<Scalar>(b, i, site, h);
-      Vec sum = zero();
-      for (int64_t d = 0; d < p.D; d += kWidth) {
-        const int count = p.D - d < kWidth ? static_cast<int>(p.D - d) : kWidth;
-        sum = fma(load_first(o + d, count), load_first(d_o + d, count), sum);
-      }
-      deltas[n] = reduce_add(sum) - (p.dlse != nullptr ? p.dlse[index] : 0.0f);
+      if (p.dlse != nullptr) dlses[n] = p.dlse[index];
     }
-    const Vec lse = load(lses), delta = load(deltas);
+    const Vec lse = load(lses);
+    Vec delta = zero() - load(dlses);
     for (int64_t l = 0; l < p.L; ++l) {
       float* s = scratch.scores + l * rows + at;
-      float* g = scratch.products + l * rows + at;
+      const float* g = scratch.products + l * rows + at;
       const Vec probability = exp2(load_first(s, lanes) * scale - lse);
       store_first(s, probability, lanes);
+      delta = fma(probability, load_first(g, lanes), delta);
+    }
+    for (int64_t l = 0; l < p.L; ++l) {
+      float* g = scratch.products + l * rows + at;
+      const Vec probability = load_first(scratch.scores + l * rows + at, lanes);
       store_first(g, probability * (load_first(g, lanes) - delta), lanes);
     }
   }
@@ -148,7 +147,7 @@ void pass_a(const Params& p, const Tiling& tiling, int64_t b, int64_t i, int64_t
       dots(v, p.v.stride_h, p.d_o.at<Scalar>(b, i, site, 0), p.d_o.stride_h, p.H, D, g);
     }
   }
-  softmax_gradient<Scalar>(p, scratch, b, i, sites);
+  softmax_gradient(p, scratch, b, i, sites);
 
   auto* samples = static_cast<Sample<Scalar>*>(scratch.samples);
   for (int64_t n = 0; n < sites.count(); ++n) {

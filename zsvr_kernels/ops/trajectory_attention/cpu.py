@@ -89,7 +89,6 @@ def launch_bwd(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    o: Tensor,  # [B, T, P, H, D]
     lse: Tensor,  # fp32 [B, T, P, H]
     positions: Tensor,  # fp32 [Bp, T, L, P, 2]
     valid: Tensor,  # bool [Bp, T, L, P]
@@ -106,7 +105,7 @@ def launch_bwd(
     p = native.TrajectoryAttentionBackwardParams()
     _fill_trajectory(p, positions, valid, frames, grid, k.shape[1])
     _fill_attention(p, q, k, v, scale)
-    p.o, p.d_o, p.lse = _native.tokens(o), _native.tokens(d_o), lse.data_ptr()
+    p.d_o, p.lse = _native.tokens(d_o), lse.data_ptr()
     if dlse is not None:
         dlse = dlse.to(torch.float32).contiguous()
         p.dlse = dlse.data_ptr()

@@ -22,7 +22,7 @@ _library.define(
     "str backend, Tensor(a!) out) -> Tensor"
 )
 _library.define(
-    "trajectory_attention_bwd(Tensor d_o, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, "
+    "trajectory_attention_bwd(Tensor d_o, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor lse, "
     f"{_TRAJECTORY}, Tensor? offsets, Tensor? samples, Tensor? weights, int Hg, int Wg, float scale, "
     "bool[] needs, str backend) -> (Tensor, Tensor, Tensor, Tensor)"
 )
@@ -70,7 +70,6 @@ def _bwd(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    o: Tensor,
     lse: Tensor,
     positions: Tensor,
     valid: Tensor,
@@ -86,7 +85,7 @@ def _bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     index = None if offsets is None else (offsets, samples, weights)
     return _launcher(backend).launch_bwd(
-        d_o, dlse, q, k, v, o, lse, positions, valid, frames, index, (Hg, Wg), scale, tuple(needs)
+        d_o, dlse, q, k, v, lse, positions, valid, frames, index, (Hg, Wg), scale, tuple(needs)
     )
 
 
@@ -112,7 +111,6 @@ def _bwd_fake(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    o: Tensor,
     lse: Tensor,
     positions: Tensor,
     valid: Tensor,
@@ -154,7 +152,7 @@ class TrajectoryAttentionFunction(torch.autograd.Function):
         return_lse: bool,
     ) -> tuple[Tensor, Tensor]:
         o, lse = torch.ops.zsvr.trajectory_attention_fwd(q, k, v, positions, valid, frames, Hg, Wg, scale, backend)
-        ctx.save_for_backward(q, k, v, o, lse, positions, valid, frames)
+        ctx.save_for_backward(q, k, v, lse, positions, valid, frames)
         ctx.trajectories, ctx.grid, ctx.scale = trajectories, (Hg, Wg), scale
         ctx.backend, ctx.return_lse = backend, return_lse
         if not return_lse:
@@ -164,7 +162,7 @@ class TrajectoryAttentionFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_o: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, o, lse, positions, valid, frames = ctx.saved_tensors
+        q, k, v, lse, positions, valid, frames = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:4])
         index: tuple[Tensor | None, ...] = (None, None, None)
         if ctx.trajectories is not None and (needs[1] or needs[2]):
@@ -175,7 +173,6 @@ class TrajectoryAttentionFunction(torch.autograd.Function):
             q,
             k,
             v,
-            o,
             lse,
             positions,
             valid,
