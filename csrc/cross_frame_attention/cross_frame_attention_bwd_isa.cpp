@@ -17,9 +17,9 @@ namespace {
 
 using Params = CrossFrameAttentionBackwardParams;
 
-// What the tasks share: lse in base 2 and delta, [B, H, T, P], and the inverse frame table.
+// What the tasks share: lse and delta as [B, H, T, P], and the inverse frame table.
 struct Shared {
-  float* lse_log2;
+  float* lse;
   float* delta;
   int64_t* offsets;  // [Tk + 1]
   int32_t* readers;  // [T * R] query frames by source frame, in order, repeated as often as listed
@@ -45,7 +45,7 @@ Shared shared_of(const Params& p) {
   char* base = static_cast<char*>(p.workspace);
   const int64_t field = aligned(p.B * p.H * p.T * p.P * 4);
   Shared shared;
-  shared.lse_log2 = reinterpret_cast<float*>(base);
+  shared.lse = reinterpret_cast<float*>(base);
   shared.delta = reinterpret_cast<float*>(base + field);
   shared.offsets = reinterpret_cast<int64_t*>(base + 2 * field);
   shared.readers = reinterpret_cast<int32_t*>(base + 2 * field + aligned((p.Tk + 1) * 8));
@@ -106,7 +106,7 @@ void prepare(const Params& p, const Shared& shared, int64_t b, int64_t i) {
       const float product = dot(p.o.at<Scalar>(b, i, site, h), p.d_o.at<Scalar>(b, i, site, h),
                                 static_cast<int>(p.D));
       shared.delta[row + site] = product - (p.dlse != nullptr ? p.dlse[at] : 0.0f);
-      shared.lse_log2[row + site] = p.lse[at] * kLog2E;
+      shared.lse[row + site] = p.lse[at];
     }
   }
 }
@@ -141,13 +141,14 @@ void query_gradient(const Params& p, const Shared& shared, const Scratch& scratc
   Vec lse[kVec], delta[kVec];
   for (int n = 0; n < kVec; ++n) {
     const int left = queries - n * kWidth < 0 ? 0 : queries - n * kWidth;
-    lse[n] = load_first(shared.lse_log2 + row + n * kWidth, left);
+    lse[n] = load_first(shared.lse + row + n * kWidth, left);
     delta[n] = load_first(shared.delta + row + n * kWidth, left);
   }
   const Scalar* k[kKeys];
   const Scalar* v[kKeys];
   const float* keys[kKeys];
   const float* values[kKeys];
+  const Vec minus_log2e = broadcast(-kLog2E);
   KeyWalk<Params> walk{p, b, h, p.frames + i * p.R};
   Keep keep = Keep::kNothing;
   for (int count; (count = walk.next(k, v)) > 0; keep = Keep::kAll) {
@@ -160,7 +161,7 @@ void query_gradient(const Params& p, const Shared& shared, const Scratch& scratc
       for (int w = 0; w < kVec; ++w) {
         float* s = scratch.s + n * kLanes + w * kWidth;
         const Vec dp = load(scratch.t + n * kLanes + w * kWidth);
-        store(s, exp2(load(s) - lse[w]) * (dp - delta[w]));
+        store(s, exp2(fma(lse[w], minus_log2e, load(s))) * (dp - delta[w]));
       }
     }
     accumulate_block<kVec>(keys, count, scratch.s, D, keep, nullptr, scratch.sum_a);
@@ -189,6 +190,7 @@ void key_gradients(const Params& p, const Shared& shared, const Scratch& scratch
   const Scalar* d_o[kKeys];
   const float* queries[kKeys];
   const float* gradients[kKeys];
+  const Vec minus_log2e = broadcast(-kLog2E);
   Keep keep = Keep::kNothing;
   for (int64_t entry = shared.offsets[j]; entry < shared.offsets[j + 1]; ++entry) {
     const int64_t i = shared.readers[entry];
@@ -206,13 +208,13 @@ void key_gradients(const Params& p, const Shared& shared, const Scratch& scratch
         score_block<kVec>(gradients, count, scratch.packed_b, D, scratch.t, nullptr);
       }
       for (int n = 0; n < count; ++n) {
-        const Vec lse = broadcast(shared.lse_log2[row + site + n]);
+        const Vec lse = broadcast(shared.lse[row + site + n]);
         const Vec delta = broadcast(shared.delta[row + site + n]);
 #pragma GCC unroll 4
         for (int w = 0; w < kVec; ++w) {
           float* s = scratch.s + n * kLanes + w * kWidth;
           float* t = scratch.t + n * kLanes + w * kWidth;
-          const Vec probability = exp2(load(s) - lse);
+          const Vec probability = exp2(fma(lse, minus_log2e, load(s)));
           store(s, probability);
           if (wants_dk) store(t, probability * (load(t) - delta));
         }

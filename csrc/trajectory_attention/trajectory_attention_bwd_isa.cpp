@@ -89,14 +89,14 @@ void position_gradient(const Params& p, int64_t b, int64_t i, int64_t site, int6
 void softmax_gradient(const Params& p, const Scratch& scratch, int64_t b, int64_t i,
                       const TileSites& sites) {
   const int64_t rows = sites.count() * p.H;
-  const Vec scale = broadcast(p.scale * kLog2E);
+  const Vec scale = broadcast(p.scale * kLog2E), minus_log2e = broadcast(-kLog2E);
   for (int64_t at = 0; at < rows; at += kWidth) {
     const int lanes = rows - at < kWidth ? static_cast<int>(rows - at) : kWidth;
     float lses[kWidth] = {}, dlses[kWidth] = {};
     for (int n = 0; n < lanes; ++n) {
       const int64_t site = sites.site((at + n) / p.H), h = (at + n) % p.H;
       const int64_t index = ((b * p.T + i) * sites_of(p) + site) * p.H + h;
-      const float lse = p.lse[index] * kLog2E;
+      const float lse = p.lse[index];
       lses[n] = lse == -__builtin_inff() ? 0.0f : lse;  // no live slot: every p is exp2(-inf)
       if (p.dlse != nullptr) dlses[n] = p.dlse[index];
     }
@@ -105,7 +105,7 @@ void softmax_gradient(const Params& p, const Scratch& scratch, int64_t b, int64_
     for (int64_t l = 0; l < p.L; ++l) {
       float* s = scratch.scores + l * rows + at;
       const float* g = scratch.products + l * rows + at;
-      const Vec probability = exp2(load_first(s, lanes) * scale - lse);
+      const Vec probability = exp2(fma(lse, minus_log2e, load_first(s, lanes) * scale));
       store_first(s, probability, lanes);
       delta = fma(probability, load_first(g, lanes), delta);
     }

@@ -63,9 +63,7 @@ _library.impl("cross_frame_attention_bwd", _bwd, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("zsvr::cross_frame_attention_fwd", lib=_library)
-def _fwd_fake(
-    q: Tensor, k: Tensor, v: Tensor, frames: Tensor, scale: float, backend: str
-) -> tuple[Tensor, Tensor]:
+def _fwd_fake(q: Tensor, k: Tensor, v: Tensor, frames: Tensor, scale: float, backend: str) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:4], dtype=torch.float32)
 
 

@@ -126,9 +126,7 @@ class CrossFrameSdpaFunction(torch.autograd.Function):
     """Autograd over the window calls; autograd of overlapping views would be slow and fragile."""
 
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, groups: list[_Group], scale: float
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, groups: list[_Group], scale: float) -> tuple[Tensor, Tensor]:
         o, lse = _forward(q, k, v, groups, scale)
         ctx.save_for_backward(q, k, v, o, lse)
         ctx.groups, ctx.scale = groups, scale

@@ -114,9 +114,7 @@ def trajectory_attention(
             q, k, v, positions, valid, frames, owner, *grid, scale, backend, return_lse
         )
     elif out is not None:
-        lse = torch.ops.zsvr.trajectory_attention_out(
-            q, k, v, positions, valid, frames, *grid, scale, backend, out
-        )
+        lse = torch.ops.zsvr.trajectory_attention_out(q, k, v, positions, valid, frames, *grid, scale, backend, out)
         o = out
     else:
         o, lse = torch.ops.zsvr.trajectory_attention_fwd(q, k, v, positions, valid, frames, *grid, scale, backend)

@@ -10,9 +10,7 @@ from torch import Tensor
 from zsvr_kernels import _native
 
 
-def _fill_trajectory(
-    p: Any, positions: Tensor, valid: Tensor, frames: Tensor, grid: tuple[int, int], Tk: int
-) -> None:
+def _fill_trajectory(p: Any, positions: Tensor, valid: Tensor, frames: Tensor, grid: tuple[int, int], Tk: int) -> None:
     p.Bp, p.T, p.L = valid.shape[:3]
     p.Hg, p.Wg = grid
     p.Tk = Tk
