@@ -125,6 +125,14 @@ def check_scale(scale: object, D: int) -> float:
     return float(scale)
 
 
+def refuse_double_backward(op: str) -> None:
+    """Raise RuntimeError inside a backward that was asked for a graph: its result would count as constant."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"{op}: double backward (create_graph=True) is not supported by this backend; backend='reference' has it"
+        )
+
+
 def check_out(out: Tensor, q: Tensor, needs_grad: bool) -> None:
     """Check a caller's output tensor ``[B, T, P, H, D]``; it must not overlap itself or need a gradient."""
     check_tensor("out", out, 5, "[B, T, P, H, D]")

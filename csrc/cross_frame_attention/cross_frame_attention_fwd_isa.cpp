@@ -43,7 +43,7 @@ Scratch scratch_of(const CrossFrameAttentionParams& p, int worker) {
   return scratch;
 }
 
-// s := exp2(s - peak); returns the sums over rows, added in row order.
+// s := exp2(s - peak); adds the rows to sum, in order.
 template <int kVec>
 void exponentiate(float* s, int count, const Vec* peak, Vec* sum) {
   for (int n = 0; n < count; ++n) {
@@ -75,14 +75,17 @@ void attend(const CrossFrameAttentionParams& p, const Scratch& scratch, int64_t 
   bool first = true;
   for (int count; (count = walk.next(k, v)) > 0; first = false) {
     float_rows(k, count, D, scratch.rows, rows);
-    Vec old[kVec], shrink[kVec];
+    Vec old[kVec], shrink[kVec], block_sum[kVec];
     for (int n = 0; n < kVec; ++n) old[n] = peak[n];
     score_block<kVec>(rows, count, scratch.packed, D, scratch.s, peak);
     for (int n = 0; n < kVec; ++n) {
       shrink[n] = exp2(old[n] - peak[n]);
-      sum[n] = first ? zero() : sum[n] * shrink[n];
+      block_sum[n] = zero();
     }
-    exponentiate<kVec>(scratch.s, count, peak, sum);
+    exponentiate<kVec>(scratch.s, count, peak, block_sum);
+    for (int n = 0; n < kVec; ++n) {
+      sum[n] = first ? block_sum[n] : fma(sum[n], shrink[n], block_sum[n]);
+    }
     float_rows(v, count, D, scratch.rows, rows);
     accumulate_block<kVec>(rows, count, scratch.s, D, first ? Keep::kNothing : Keep::kScaled,
                            shrink, scratch.o);

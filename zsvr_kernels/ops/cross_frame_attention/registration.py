@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from zsvr_kernels.validation import refuse_double_backward
 
 _LAUNCHERS = {"cpu": "cpu"}  # backend -> module beside this one with launch_fwd and launch_bwd
 
@@ -111,8 +112,8 @@ class CrossFrameAttentionFunction(torch.autograd.Function):
         return o, lse
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, d_o: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_double_backward("cross_frame_attention")
         q, k, v, o, lse, frames = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:3])
         gradients = torch.ops.zsvr.cross_frame_attention_bwd(

@@ -15,9 +15,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from zsvr_kernels.validation import check_frame_values
+from zsvr_kernels.validation import check_frame_values, refuse_double_backward
 
 
 @dataclass
@@ -134,8 +133,8 @@ class CrossFrameSdpaFunction(torch.autograd.Function):
         return o, lse
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, d_o: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_double_backward("cross_frame_attention")
         q, k, v, o, lse = ctx.saved_tensors
         wide = lse.dtype
         P = q.shape[2]

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from zsvr_kernels.validation import refuse_double_backward
 
 _LAUNCHERS = {"cpu": "cpu"}  # backend -> module beside this one with launch_fwd and launch_bwd
 
@@ -160,8 +161,8 @@ class TrajectoryAttentionFunction(torch.autograd.Function):
         return o, lse
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, d_o: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_double_backward("trajectory_attention")
         q, k, v, lse, positions, valid, frames = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:4])
         index: tuple[Tensor | None, ...] = (None, None, None)
