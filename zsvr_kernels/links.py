@@ -22,10 +22,9 @@ def _choice(name: str, value: str, allowed: tuple[str, ...]) -> str:
 
 def check_grid(grid: object) -> Grid:
     """Return ``grid`` as two positive ints ``(Hg, Wg)``, or raise."""
-    try:
-        Hg, Wg = grid  # type: ignore[misc]
-    except (TypeError, ValueError):
-        raise TypeError(f"grid must be (Hg, Wg), got {grid!r}") from None
+    if not isinstance(grid, (tuple, list)) or len(grid) != 2:
+        raise TypeError(f"grid must be (Hg, Wg), got {grid!r}")
+    Hg, Wg = grid
     if not all(isinstance(n, int) and not isinstance(n, bool) for n in (Hg, Wg)):
         raise TypeError(f"grid must be two ints (Hg, Wg), got {grid!r}")
     if Hg < 1 or Wg < 1:

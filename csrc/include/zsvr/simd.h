@@ -285,22 +285,20 @@ ZSVR_INLINE Vec reduce_group(const Vec (&x)[kWidth >= 8 ? 8 : 4]) {
 #endif
 }
 
-// 2^x: exactly 1 at 0, 0 below -126 (so for -inf), relative error below 1.5e-7; NaN gives NaN. x <= 128.
+// 2^x: exactly 1 at 0, 0 below -126 (so for -inf, and no subnormal result slows what follows), relative error
+// below 1.5e-7; NaN gives NaN. x <= 128.
 ZSVR_INLINE Vec exp2(Vec x) {
 #if ZSVR_ISA_LEVEL >= 2
   const Vec rounded = (Vec)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | 8);
+  const Vec f = x - rounded;
 #elif ZSVR_ISA_LEVEL == 1
   const Vec clamped = max(broadcast(-127.0f), x);  // NaN passes: max returns its second operand
   const Vec rounded = (Vec)_mm256_round_ps((__m256)clamped, _MM_FROUND_TO_NEAREST_INT | 8);
+  const Vec f = clamped - rounded;
 #else
   const Vec clamped = x < -127.0f ? broadcast(-127.0f) : x;
   const Vec magic = broadcast(12582912.0f);  // 1.5 * 2^23
   const Vec rounded = (clamped + magic) - magic;
-#endif
-#if ZSVR_ISA_LEVEL >= 2
-  const Vec below = max(broadcast(-200.0f), x);
-  const Vec f = below - max(broadcast(-200.0f), rounded);
-#else
   const Vec f = clamped - rounded;
 #endif
   // Least squares at Chebyshev points of [-0.5, 0.5] with the constant fixed to 1.
@@ -312,7 +310,8 @@ ZSVR_INLINE Vec exp2(Vec x) {
   y = y * f + broadcast(6.931471876e-1f);
   y = y * f + broadcast(1.0f);
 #if ZSVR_ISA_LEVEL >= 2
-  return (Vec)_mm512_scalef_ps((__m512)y, (__m512)max(broadcast(-200.0f), rounded));
+  const __mmask16 kept = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+  return (Vec)_mm512_maskz_scalef_ps(kept, (__m512)y, (__m512)rounded);
 #else
   const VecInt exponent = __builtin_convertvector(rounded, VecInt);
   const Vec scaled = y * (Vec)((exponent + 127) << 23);

@@ -1,0 +1,73 @@
+"""PSNR, SSIM and warping error of clips in [0, 1]."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zsvr_kernels.links import inside_pixels
+from zsvr_kernels.sampling import warp
+
+
+def psnr(output: Tensor, truth: Tensor) -> float:
+    """Return the mean over frames of ``-10 log10 mse``, at most 100 dB; both ``[T, 3, H, W]``."""
+    mse = (output.double() - truth.double()).square().mean((1, 2, 3))
+    return float((-10 * torch.log10(mse.clamp(min=1e-10))).mean())
+
+
+def ssim(output: Tensor, truth: Tensor) -> float:
+    """Return the mean SSIM over frames and channels: Gaussian 11x11 of std 1.5, valid region; ``[T, 3, H, W]``.
+
+    Source: Wang et al. 2004; equals scikit-image with gaussian_weights and population covariance.
+    """
+    offsets = torch.arange(11, dtype=torch.float64) - 5
+    kernel = torch.exp(-(offsets**2) / (2 * 1.5**2))
+    kernel = kernel / kernel.sum()
+
+    def blur(x: Tensor) -> Tensor:
+        x = F.conv2d(x, kernel[None, None, :, None])
+        return F.conv2d(x, kernel[None, None, None, :])
+
+    a, b = (x.double().flatten(0, 1)[:, None] for x in (output, truth))
+    mean_a, mean_b = blur(a), blur(b)
+    var_a, var_b = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2
+    covariance = blur(a * b) - mean_a * mean_b
+    c1, c2 = 0.01**2, 0.03**2
+    numerator = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
+    return float((numerator / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))).mean())
+
+
+def occluded(forward: Tensor, backward: Tensor) -> Tensor:
+    """Return where warping by ``forward [N, 2, H, W]`` cannot be judged, bool ``[N, H, W]``.
+
+    Source: the rule of Ruder et al. 2016 that Lai et al. 2018 use, and leaving the frame.
+    """
+    back = warp(backward, forward)
+    mismatch = (forward + back).square().sum(1) > 0.01 * (forward.square().sum(1) + back.square().sum(1)) + 0.5
+    right = F.pad(forward[..., 1:] - forward[..., :-1], (0, 1)).square().sum(1)
+    below = F.pad(forward[..., 1:, :] - forward[..., :-1, :], (0, 0, 0, 1)).square().sum(1)
+    edge = right + below > 0.01 * forward.square().sum(1) + 0.002
+    return mismatch | edge | ~inside_pixels(forward)
+
+
+def warping_error(output: Tensor, forward: Tensor, backward: Tensor) -> float:
+    """Return the warping error in units of 1e-2: squared difference of a frame and its warped successor.
+
+    Args:
+        output: ``[T, 3, H, W]`` in [0, 1].
+        forward, backward: flow ``[T-1, 2, H, W]`` of the reference video.
+
+    Returns:
+        Mean over pairs of the mean over pixels that are not occluded, times 100; NaN for one frame.
+
+    Source: Lai et al., Learning Blind Video Temporal Consistency, ECCV 2018.
+    """
+    if len(output) < 2:
+        return math.nan
+    visible = (~occluded(forward, backward))[:, None].double()
+    error = (warp(output[1:], forward) - output[:-1]).double().square() * visible
+    count = 3 * visible.sum((1, 2, 3))
+    return 100 * float((error.sum((1, 2, 3)) / count.clamp(min=1)).mean())
