@@ -1,5 +1,6 @@
-// Python bindings: integers in, Params out, the GIL released around every launch. The only file that knows
-// Python. Pointers come from zsvr_kernels/ops/*/cpu.py, which has checked the tensors behind them.
+// Python bindings: integers in, Params out, the GIL released around every launch. The only file
+// that knows Python. Pointers come from zsvr_kernels/ops/*/cpu.py, which has checked the tensors
+// behind them.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -8,6 +9,7 @@
 
 #include "chain_links/chain_links.h"
 #include "cross_frame_attention/cross_frame_attention.h"
+#include "probes/probes.h"
 #include "trajectory_attention/trajectory_attention.h"
 #include "zsvr/isa.h"
 
@@ -23,7 +25,8 @@ void raise_unless_ok(const zsvr::Status& status) {
   throw std::runtime_error(status.message);
 }
 
-// Runs launch(params, executor) without the GIL; parallel_for is the address of torch_parallel_for, or 0.
+// Runs launch(params, executor) without the GIL; parallel_for is the address of torch_parallel_for,
+// or 0.
 template <class Params, class Launch>
 void run(const Params& params, uintptr_t parallel_for, int threads, Launch launch) {
   if (threads < 1) throw py::value_error("threads must be at least 1");
@@ -209,6 +212,23 @@ void bind_chain_links(py::module_& m) {
   });
 }
 
+// probe(kind, iterations, data, floats, sink, parallel_for, threads) -> FLOP or bytes done.
+void bind_probes(py::module_& m) {
+  m.def("probe", [](int kind, int64_t iterations, uintptr_t data, int64_t floats, uintptr_t sink,
+                    uintptr_t parallel_for, int threads) {
+    zsvr::ProbeParams p;
+    p.probe = static_cast<zsvr::Probe>(kind);
+    p.iterations = iterations;
+    p.data = reinterpret_cast<const float*>(data);
+    p.floats = floats;
+    p.sink = reinterpret_cast<float*>(sink);
+    int64_t work = 0;
+    run(p, parallel_for, threads,
+        [&work](const auto& a, const auto& e) { return zsvr::probe(a, e, &work); });
+    return work;
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -220,4 +240,5 @@ PYBIND11_MODULE(_C, m) {
   bind_cross_frame_attention(m);
   bind_trajectory_attention(m);
   bind_chain_links(m);
+  bind_probes(m);
 }

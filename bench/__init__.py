@@ -1,0 +1,1 @@
+"""Measurements of the operators beside what users would run instead; `make bench`."""
