@@ -1,0 +1,120 @@
+"""Memory: the workspace of every call against the op READMEs, the inverse index, and the process's own peak."""
+
+from __future__ import annotations
+
+import pathlib
+import subprocess
+import sys
+import textwrap
+from unittest import mock
+
+import pytest
+import torch
+
+import zsvr_kernels as zk
+from zsvr_kernels import _native, testing
+
+LANES = {"portable": 8, "avx2": 16}  # every AVX-512 level: 64
+THREADS, KEYS, T, H, D, L = 3, 192, 4, 3, 40, 3
+GRID = (16, 20)
+P = GRID[0] * GRID[1]
+
+
+def bytes_asked_for(call):
+    """Return what ``call`` asks of `_native.workspace`, in all."""
+    sizes = []
+    original = _native.workspace
+
+    def record(size):
+        sizes.append(size)
+        return original(size)
+
+    with mock.patch.object(_native, "workspace", record):
+        result = call()
+    return sum(sizes), result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+def test_workspaces_stay_below_the_formulas(isa, dtype, generator):
+    q, k, v = (torch.randn(2, T, P, H, D, generator=generator).to(dtype).requires_grad_() for _ in range(3))
+    trajectories = testing.random_trajectories(1, T, T, L, GRID, generator)
+    lanes = LANES.get(isa, 64)
+    converted = 0 if dtype == torch.float32 else 4 * KEYS * D
+    forward = 4 * (2 * D * lanes + KEYS * lanes) + converted
+    if isa == "amx" and dtype == torch.bfloat16:
+        packed = 2 * 2 * T * H * D * (-(-P // 32) * 32)
+        forward = max(forward, 2 * D * 64 + 4 * D * 64 + 8 * KEYS * 64 + packed)
+    backward = 4 * (4 * D * lanes + 2 * KEYS * lanes) + 2 * converted
+    tile = 64 * L * H
+    expected = {
+        "cross": (THREADS * forward, 8 * 2 * T * P * H + THREADS * backward),
+        "trajectory": (
+            THREADS * (4 * tile + 64 * L),
+            8 * T * L * P * H + THREADS * (8 * tile + 8 * H * D + 64 * L),
+        ),
+    }
+    padding = 64 * 16 * THREADS  # each array begins on a cache line
+    with testing.threads(THREADS):
+        for name, call in {
+            "cross": lambda: zk.cross_frame_attention(q, k, v, zk.neighbors(T), backend="cpu"),
+            "trajectory": lambda: zk.trajectory_attention(q, k, v, trajectories, backend="cpu"),
+        }.items():
+            used, out = bytes_asked_for(call)
+            assert 0 < used <= expected[name][0] + padding, f"{name} forward"
+            used, _ = bytes_asked_for(lambda out=out: torch.autograd.grad(out.float().sum(), (q, k, v)))
+            assert 0 < used <= expected[name][1] + padding, f"{name} backward"
+
+
+def test_the_inverse_index_stays_below_its_formula(isa, generator):
+    trajectories = testing.random_trajectories(2, T, T, L, GRID, generator)
+    offsets, samples, weights = trajectories.inverse(T)
+    live = int((trajectories.valid & (trajectories.frames >= 0)[:, :, None]).sum())
+    assert offsets.nbytes == 8 * (2 * T * P + 1)
+    assert live <= samples.numel() == weights.numel() == int(offsets[-1]) <= 4 * live
+    assert samples.nbytes + weights.nbytes == 8 * int(offsets[-1])
+
+
+PEAK = """
+    import torch
+    import zsvr_kernels as zk
+
+    def status(name):
+        with open("/proc/self/status") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))
+
+    torch.set_num_threads(2)
+    T, Hg, Wg, H, D = 8, 16, 32, 4, 64
+    x = torch.randn(3, 1, T, Hg * Wg, H, D)
+    flow = torch.zeros(1, T - 1, 2, Hg, Wg) + 0.25
+    trajectories = zk.chain_links(zk.Links.from_flow(flow, -flow, grid=(Hg, Wg)))
+    frames = zk.all_frames(T)
+
+    def call(q, k, v, t, n):
+        if "{op}" == "cross":
+            return zk.cross_frame_attention(q, k, v, zk.all_frames(n), backend="{backend}")
+        return zk.trajectory_attention(q, k, v, t, backend="{backend}")
+
+    small = zk.Trajectories(*(y[:, :2, :2] for y in (trajectories.positions, trajectories.valid)),
+                            trajectories.frames[:2, :2], (Hg, Wg))
+    with torch.no_grad():
+        call(*x[:, :, :2], small, 2)  # the thread pool and the libraries
+        with open("/proc/self/clear_refs", "w") as reset:
+            reset.write("5")
+        before = status("VmRSS")
+        out = call(*x, trajectories, T)
+    print(status("VmHWM") - before, out.nbytes)
+"""
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/clear_refs").exists(), reason="needs Linux's peak-memory counter")
+@pytest.mark.parametrize("op", ["cross", "trajectory"])
+def test_the_process_grows_by_the_output_only(op):
+    grown = {}
+    for backend in ("cpu", "reference"):
+        code = textwrap.dedent(PEAK).replace("{op}", op).replace("{backend}", backend)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        grown[backend], output = map(int, done.stdout.split())
+    # K and V are 4 MiB each; with 8 frames a gathered copy of either takes 32 MiB, as the reference shows.
+    assert grown["cpu"] <= 2 * output, grown
+    assert grown["reference"] > 6 * output, grown
