@@ -22,9 +22,7 @@ def _native_probe(kind: int, iterations: int, data: torch.Tensor | None, floats:
     sink = torch.empty(threads, dtype=torch.float32)
     address = 0 if data is None else data.data_ptr()
     start = time.perf_counter()
-    work = _native.module().probe(
-        kind, iterations, address, floats, sink.data_ptr(), _native.parallel_for(), threads
-    )
+    work = _native.module().probe(kind, iterations, address, floats, sink.data_ptr(), _native.parallel_for(), threads)
     return work / (time.perf_counter() - start)
 
 

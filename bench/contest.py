@@ -1,0 +1,114 @@
+"""One case from check to record: correctness first, then interleaved rounds under pytest-benchmark, then memory."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch._dynamo
+import torch._functorch.config
+from torch import Tensor
+
+from bench import memory, probes, workload
+from bench.shapes import Case
+from bench.timing import Rounds, summary
+
+AGREEMENT = 0.05  # relative L2 difference beyond which a peer computes something else
+VARIANTS = ("ours", "ours_out", "ours_sdpa", "ours_forward", "ours_index", "probe")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long a case may take, in seconds of rounds, and how many rounds at least and at most."""
+
+    seconds: float
+    least: int
+    most: int
+
+
+def _first(result: Any) -> Tensor:
+    if isinstance(result, Tensor):
+        return result
+    return result[0] if isinstance(result, tuple) else result.positions
+
+
+def _distance(x: Any, y: Any) -> float:
+    x, y = _first(x).detach().double(), _first(y).detach().double()
+    return float(torch.linalg.vector_norm(x - y) / torch.linalg.vector_norm(y).clamp(min=1e-30))
+
+
+def run(case: Case, benchmark: Any, budget: Budget) -> dict[str, Any]:
+    """Measure a case and return its record. A red check is recorded with no times at all."""
+    torch._dynamo.reset()
+    # The backward alone is timed on a retained graph, which donated buffers do not allow.
+    torch._functorch.config.donated_buffer = case.direction != "bwd"
+    record: dict[str, Any] = {**case.describe(), "check": {"ok": True, "message": ""}, "contestants": {}}
+    try:
+        work = workload.BUILD[case.op](case)
+        work.check()
+    except AssertionError as error:
+        record["check"] = {"ok": False, "message": str(error)}
+        return record
+    record |= {"flops": work.flops, "gathered_bytes": work.bytes, "memory_traffic_bytes": work.traffic}
+    record["left_out"] = dict(work.left_out)
+
+    expected = work.contestants["ours"]()
+    running = {}
+    for name, call in work.contestants.items():
+        if name in VARIANTS:
+            call()
+            running[name] = call
+            continue
+        try:
+            distance = _distance(call(), expected)
+        except (RuntimeError, NotImplementedError) as error:
+            record["left_out"][name] = str(error).splitlines()[0][:200]
+            continue
+        if not distance <= AGREEMENT:
+            record["left_out"][name] = f"its result differs by {distance:.1%}"
+            continue
+        running[name] = call
+    del expected
+
+    rates: list[float] = []
+    if work.flops is not None and case.op == "cross_frame_attention":
+        try:
+            arithmetic = probes.Arithmetic("fma_fp32")
+            running["probe"] = lambda: rates.append(arithmetic())
+        except RuntimeError:
+            record["left_out"]["probe"] = "no native module"
+
+    rounds = Rounds(running)
+    rounds.warm_up()
+    rates.clear()
+    rounds.repeats["probe"] = 1
+    count = rounds.rounds_within(budget.seconds, budget.least, budget.most)
+    gc.collect()
+    gc.disable()
+    try:
+        benchmark.pedantic(rounds.ours, setup=rounds.others, rounds=count, iterations=1)
+    finally:
+        gc.enable()
+
+    ours = rounds.samples["ours"]
+    for name, samples in rounds.samples.items():
+        if name == "probe":
+            continue
+        entry: dict[str, Any] = {**summary(samples), "rounds": len(samples)}
+        if name != "ours":
+            entry["ratio"] = summary(rounds.ratios(name))
+        record["contestants"][name] = entry
+    if rates:
+        shares = [work.flops / t / rate for t, rate in zip(ours, rates, strict=True)]
+        record["of_fma_peak"] = summary(shares)
+    record["peak_extra_bytes"] = {
+        name: memory.peak_extra(running[name])
+        for name in running
+        if name not in ("probe", "ours_forward", "ours_index")
+    }
+    result = _first(work.contestants["ours"]())
+    record["output_bytes"] = result.numel() * result.element_size()
+    benchmark.extra_info["case"] = case.name
+    return record

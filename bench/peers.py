@@ -1,0 +1,196 @@
+"""What users run instead of these operators, in the tested dtype; each is imported or written as one would write it.
+
+A peer is a function of no arguments that returns the output ``[B, T, P, H, D]`` for the inputs it was made with. The
+cost of gathering and concatenating K and V is part of it, as it is for users.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from zsvr_kernels.trajectories import Trajectories
+
+Peer = Callable[[], Any]
+FLEX_BLOCK = 64  # divides every P of shapes.py, so that every block is full and no mask is evaluated
+EAGER_BYTES = 3 << 30  # an eager peer whose largest intermediate passes this is left out
+
+
+def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Compile afresh for the current number of threads."""
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+# ---- cross-frame attention ----
+
+
+def concatenated(x: Tensor, rows: Tensor) -> Tensor:
+    """Return keys or values ``[B*T, H, R*P, D]`` of the listed frames; ``x [B, Tk, P, H, D]``, ``rows [T, R]``."""
+    B, _, P, H, D = x.shape
+    T, R = rows.shape
+    listed = x.index_select(1, rows.flatten())  # [B, T*R, P, H, D]
+    return listed.reshape(B * T, R * P, H, D).transpose(1, 2)
+
+
+def sdpa_on_concat(q: Tensor, k: Tensor, v: Tensor, rows: Tensor) -> Tensor:
+    """Cross-frame attention by `scaled_dot_product_attention`; ``rows`` int64 ``[T, R]``, no absent entry."""
+    queries = q.flatten(0, 1).transpose(1, 2)  # [B*T, H, P, D]
+    o = F.scaled_dot_product_attention(queries, concatenated(k, rows), concatenated(v, rows))
+    return o.transpose(1, 2).reshape(q.shape)
+
+
+def eager_on_concat(q: Tensor, k: Tensor, v: Tensor, rows: Tensor) -> Tensor:
+    """Cross-frame attention by two matrix products and a softmax."""
+    queries = q.flatten(0, 1).transpose(1, 2)
+    logits = queries @ concatenated(k, rows).transpose(-1, -2) * q.shape[-1] ** -0.5
+    o = logits.softmax(-1) @ concatenated(v, rows)
+    return o.transpose(1, 2).reshape(q.shape)
+
+
+def frame_mask(rows: Tensor, P: int, block: int = FLEX_BLOCK) -> BlockMask:
+    """Return FlexAttention's mask of a frame table: whole blocks only.
+
+    Raises:
+        ValueError: ``block`` does not divide ``P``, or a row lists a frame twice, which a mask cannot say.
+    """
+    if P % block or any(len(set(row)) != len(row) for row in rows.tolist()):
+        raise ValueError("a block mask needs blocks that divide a frame and rows without repeats")
+    T, R = rows.shape
+    per_frame = P // block
+    listed = (rows.sort(1).values[:, :, None] * per_frame + torch.arange(per_frame)).reshape(T, R * per_frame)
+    indices = torch.zeros(T * per_frame, T * per_frame, dtype=torch.int32)
+    indices[:, : R * per_frame] = listed.repeat_interleave(per_frame, 0).int()
+    counts = torch.full((T * per_frame,), R * per_frame, dtype=torch.int32)
+    return BlockMask.from_kv_blocks(
+        torch.zeros_like(counts)[None, None],
+        torch.zeros_like(indices)[None, None],
+        counts[None, None],
+        indices[None, None],
+        BLOCK_SIZE=block,
+    )
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, attend: Callable[..., Any]) -> Tensor:
+    """Cross-frame attention by a compiled FlexAttention; its lowering takes no views made inside the graph."""
+
+    def rows(x: Tensor) -> Tensor:
+        return x.flatten(1, 2).transpose(1, 2)  # [B, H, T*P, D]
+
+    o = attend(rows(q), rows(k), rows(v), block_mask=mask)
+    return o.transpose(1, 2).reshape(q.shape)
+
+
+def cross_frame_attention(
+    q: Tensor,  # [B, T, P, H, D]
+    k: Tensor,
+    v: Tensor,
+    frames: Tensor,  # int32 [T, R], no absent entry
+) -> dict[str, Peer | str]:
+    """Return the peers by name; a string instead of a peer says why there is none."""
+    B, T, P, H, _ = q.shape
+    R = frames.shape[1]
+    rows = frames.long()
+    peers: dict[str, Peer | str] = {"sdpa_concat": lambda: sdpa_on_concat(q, k, v, rows)}
+    scores = B * T * H * P * R * P * q.element_size()
+    if scores > EAGER_BYTES:
+        peers["eager"] = f"its scores take {scores / 2**30:.0f} GiB"
+    else:
+        peers["eager"] = lambda: eager_on_concat(q, k, v, rows)
+    fast = compiled(eager_on_concat)
+    peers["compiled"] = lambda: fast(q, k, v, rows)
+    if q.requires_grad:
+        peers["flex"] = "FlexAttention has no backward on CPU"
+    else:
+        mask, attend = frame_mask(rows, P), compiled(flex_attention)
+        peers["flex"] = lambda: flex(q, k, v, mask, attend)
+    return peers
+
+
+# ---- trajectory attention ----
+
+
+def corner_attention(
+    q: Tensor,  # [B, T, P, H, D]
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,  # fp32 [B, T, L, P, 2]
+    live: Tensor,  # bool [B, T, L, P]
+    rows: Tensor,  # int64 [T, L], absent entries clamped to 0
+    grid: tuple[int, int],
+) -> Tensor:
+    """Trajectory attention by gathering the four corners of K and of V (B = 1).
+
+    q meets every corner before the corners are mixed: three times as fast under torch.compile as mixing first.
+    """
+    Hg, Wg = grid
+    P, (H, D) = Hg * Wg, q.shape[3:]
+    x, y = positions[0, ..., 0].clamp(0, Wg - 1), positions[0, ..., 1].clamp(0, Hg - 1)  # [T, L, P]
+    x0, y0 = x.floor(), y.floor()
+    fx, fy = (x - x0).to(q.dtype), (y - y0).to(q.dtype)
+    left, top = x0.long(), y0.long()
+    right, below = (left + 1).clamp(max=Wg - 1), (top + 1).clamp(max=Hg - 1)
+    base = (rows * P)[..., None]
+    corners = (
+        (base + top * Wg + left, (1 - fx) * (1 - fy)),
+        (base + top * Wg + right, fx * (1 - fy)),
+        (base + below * Wg + left, (1 - fx) * fy),
+        (base + below * Wg + right, fx * fy),
+    )
+    keys, values = k[0].reshape(-1, H, D), v[0].reshape(-1, H, D)  # [Tk*P, H, D]
+    queries = q[0][:, None]  # [T, 1, P, H, D]
+    dots = [(queries * keys[index]).sum(-1) * weight[..., None] for index, weight in corners]
+    logits = (dots[0] + dots[1] + dots[2] + dots[3]) * D**-0.5  # [T, L, P, H]
+    weights = logits.masked_fill(~live[0, ..., None], float("-inf")).softmax(1)
+    parts = [(values[index] * (weights * weight[..., None])[..., None]).sum(1) for index, weight in corners]
+    return (parts[0] + parts[1] + parts[2] + parts[3])[None]
+
+
+def grid_sample_attention(
+    q: Tensor,  # [B, T, P, H, D]
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,  # fp32 [B, T, L, P, 2]
+    live: Tensor,  # bool [B, T, L, P]
+    rows: Tensor,  # int64 [T, L]
+    grid: tuple[int, int],
+) -> Tensor:
+    """Trajectory attention by `grid_sample` (B = 1), in float32: its bf16 positions are off by tenths of a pixel."""
+    Hg, Wg = grid
+    T, L = rows.shape
+    H, D = q.shape[3:]
+    size = torch.tensor((Wg, Hg), dtype=torch.float32)
+    where = ((positions[0] + 0.5) * (2 / size) - 1).reshape(T * L, Hg, Wg, 2)
+
+    def sample(source: Tensor) -> Tensor:
+        images = source[0].float().reshape(-1, Hg, Wg, H * D).permute(0, 3, 1, 2)  # [Tk, C, Hg, Wg]
+        listed = images.index_select(0, rows.flatten())
+        sampled = F.grid_sample(listed, where, mode="bilinear", padding_mode="border", align_corners=False)
+        return sampled.permute(0, 2, 3, 1).reshape(1, T, L, Hg * Wg, H, D)
+
+    queries, keys, values = q.float()[:, :, None], sample(k), sample(v)
+    logits = (queries * keys).sum(-1) * D**-0.5  # [1, T, L, P, H]
+    weights = logits.masked_fill(~live[..., None], float("-inf")).softmax(2)
+    return (weights[..., None] * values).sum(2).to(q.dtype)
+
+
+def trajectory_attention(
+    q: Tensor,  # [1, T, P, H, D]
+    k: Tensor,
+    v: Tensor,
+    trajectories: Trajectories,
+) -> dict[str, Peer | str]:
+    """Return the peers by name; a string instead of a peer says why there is none."""
+    rows = trajectories.frames.long().clamp(min=0)
+    live = trajectories.valid & (trajectories.frames >= 0)[None, :, :, None]
+    arguments = (q, k, v, trajectories.positions, live, rows, trajectories.grid)
+    fast = compiled(corner_attention)
+    return {
+        "compiled_gather": lambda: fast(*arguments),
+        "eager_gather": lambda: corner_attention(*arguments),
+        "eager_grid_sample": lambda: grid_sample_attention(*arguments),
+    }

@@ -1,0 +1,141 @@
+"""The shapes that are measured, by the names of the networks they come from, and which of them a run covers."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Level:
+    """An attention resolution of a denoising network."""
+
+    grid: tuple[int, int]
+    H: int
+    D: int
+
+
+# ADM at 256x256 (guided diffusion), Stable Diffusion 1.x at 512x512. "adm-8-half" has half of ADM's heads.
+LEVELS = {
+    "adm-32": Level((32, 32), 8, 64),
+    "adm-16": Level((16, 16), 16, 64),
+    "adm-8": Level((8, 8), 16, 64),
+    "adm-8-half": Level((8, 8), 8, 64),
+    "sd-64": Level((64, 64), 8, 40),
+    "sd-32": Level((32, 32), 8, 80),
+    "sd-16": Level((16, 16), 8, 160),
+    "tiny": Level((8, 8), 2, 16),
+}
+WINDOW = 2  # frames on either side that trajectories reach, so L = 5
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measurement: an operator at a shape, in a dtype and a direction, with a number of threads.
+
+    Directions: ``"fwd"``; ``"bwd"``: the backward alone, on a retained graph; ``"step"``: forward and backward.
+    """
+
+    op: str
+    level: str
+    T: int
+    dtype: str
+    direction: str
+    threads: int
+
+    @property
+    def shape(self) -> Level:
+        return LEVELS[self.level]
+
+    @property
+    def P(self) -> int:
+        return self.shape.grid[0] * self.shape.grid[1]
+
+    @property
+    def C(self) -> int:
+        return self.shape.H * self.shape.D
+
+    @property
+    def name(self) -> str:
+        return f"{self.level}-T{self.T}-{self.dtype}-{self.direction}-{self.threads}t"
+
+    def describe(self) -> dict[str, object]:
+        """Return the fields that identify the case in a result file."""
+        fields = dataclasses.asdict(self)
+        fields.update(name=self.name, grid=list(self.shape.grid), H=self.shape.H, D=self.shape.D)
+        if self.op != "cross_frame_attention":
+            fields["L"] = 2 * WINDOW + 1
+        return fields
+
+
+# (level, T, dtype, direction, threads). The first lines are the shapes that the targets name.
+_CROSS_FRAME = [
+    ("adm-32", 16, "fp32", "fwd", (1, 2)),
+    ("adm-32", 16, "bf16", "fwd", (1, 2)),
+    ("sd-64", 8, "fp32", "fwd", (2,)),
+    ("sd-64", 8, "bf16", "fwd", (2,)),
+    ("sd-16", 16, "fp32", "fwd", (1, 2)),
+    ("adm-8-half", 16, "fp32", "fwd", (1, 2)),
+    ("adm-32", 16, "fp32", "bwd", (1, 2)),
+    ("adm-32", 16, "bf16", "bwd", (2,)),
+    ("adm-16", 16, "fp32", "fwd", (1, 2)),
+    ("adm-16", 16, "bf16", "fwd", (2,)),
+    ("adm-16", 16, "fp32", "bwd", (2,)),
+    ("adm-16", 32, "fp32", "fwd", (2,)),
+    ("adm-8", 32, "fp32", "fwd", (2,)),
+    ("sd-32", 8, "fp32", "fwd", (2,)),
+]
+_TRAJECTORY = [
+    ("adm-32", 16, "fp32", "fwd", (1, 2)),
+    ("adm-32", 16, "bf16", "fwd", (1, 2)),
+    ("adm-32", 16, "fp32", "step", (1, 2)),
+    ("adm-32", 16, "fp32", "bwd", (1, 2)),
+    ("adm-32", 16, "bf16", "step", (2,)),
+    ("sd-64", 8, "fp32", "fwd", (1, 2)),
+    ("sd-64", 8, "bf16", "fwd", (2,)),
+    ("adm-8-half", 16, "fp32", "fwd", (1, 2)),
+    ("adm-8", 32, "fp32", "fwd", (2,)),
+    ("adm-8", 16, "fp32", "bwd", (2,)),
+    ("adm-16", 8, "fp32", "fwd", (2,)),
+    ("adm-16", 32, "fp32", "fwd", (2,)),
+    ("sd-16", 16, "fp32", "fwd", (2,)),
+]
+_CHAIN = [
+    ("adm-32", 16, "fp32", "fwd", (1, 2)),
+    ("adm-16", 32, "fp32", "fwd", (2,)),
+    ("sd-64", 8, "fp32", "fwd", (2,)),
+]
+FULL = {"cross_frame_attention": _CROSS_FRAME, "trajectory_attention": _TRAJECTORY, "chain_links": _CHAIN}
+QUICK = {
+    "cross_frame_attention": [
+        ("adm-16", 8, "fp32", "fwd", (2,)),
+        ("adm-16", 8, "bf16", "fwd", (2,)),
+        ("adm-8-half", 16, "fp32", "bwd", (2,)),
+    ],
+    "trajectory_attention": [
+        ("adm-16", 8, "fp32", "fwd", (2,)),
+        ("adm-8-half", 16, "fp32", "bwd", (2,)),
+    ],
+    "chain_links": [("adm-16", 8, "fp32", "fwd", (2,))],
+}
+SMOKE = {op: [("tiny", 3, "fp32", "fwd", (1,))] for op in FULL}
+SUITES = {"full": FULL, "quick": QUICK, "smoke": SMOKE}
+
+
+def cases(suite: str, op: str, threads: int, select: str = "") -> list[Case]:
+    """Return the cases of one operator for a number of threads whose ``op-name`` contains ``select``."""
+    found = [
+        Case(op, level, T, dtype, direction, threads)
+        for level, T, dtype, direction, counts in SUITES[suite][op]
+        if threads in counts
+    ]
+    return [case for case in found if select in f"{op}-{case.name}"]
+
+
+def thread_counts(suite: str) -> list[int]:
+    """Return the numbers of threads that a suite asks for, ascending."""
+    return sorted({n for lines in SUITES[suite].values() for line in lines for n in line[-1]})

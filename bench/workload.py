@@ -1,0 +1,218 @@
+"""A case made concrete: inputs, ours, the peers, the correctness check, and the work that the roofline counts."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import zsvr_kernels as zk
+from bench import peers
+from bench.shapes import DTYPES, WINDOW, Case
+from zsvr_kernels import testing
+from zsvr_kernels.ops.chain_links.reference import chain_links_reference
+from zsvr_kernels.ops.cross_frame_attention.reference import cross_frame_attention_reference
+from zsvr_kernels.ops.trajectory_attention import cpu as trajectory_cpu
+from zsvr_kernels.ops.trajectory_attention.reference import trajectory_attention_reference
+
+Call = Callable[[], Any]
+ORACLE_FLOPS = 3e9  # a case with more work is checked on its first and last head
+
+
+@dataclass
+class Workload:
+    """What a case runs. ``contestants["ours"]`` is the operator; the others are peers and variants of ours."""
+
+    contestants: dict[str, Call]
+    check: Callable[[], None]  # raises AssertionError where ours is outside the error budget
+    flops: float | None = None
+    bytes: float | None = None  # through the first-level cache (trajectory attention)
+    traffic: float | None = None  # from and to memory at least: inputs once, outputs once
+    left_out: dict[str, str] = field(default_factory=dict)  # peer -> why it does not run
+
+
+def tokens(case: Case, *, grad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return seeded q, k, v and a gradient of the output, each ``[1, T, P, H, D]``."""
+    generator = torch.Generator().manual_seed(20240701)
+    shape = (4, 1, case.T, case.P, case.shape.H, case.shape.D)
+    q, k, v, d_o = torch.randn(shape, generator=generator).to(DTYPES[case.dtype]).unbind(0)
+    if grad:
+        q, k, v = (x.clone().requires_grad_() for x in (q, k, v))
+    return q, k, v, d_o
+
+
+def links(case: Case) -> zk.Links:
+    """Return links of a smooth random flow of a few tokens per frame, its inverse taken as its negative."""
+    generator = torch.Generator().manual_seed(7)
+    Hg, Wg = case.shape.grid
+    coarse = torch.randn(case.T - 1, 2, 4, 4, generator=generator)
+    flow = torch.nn.functional.interpolate(coarse, size=(Hg, Wg), mode="bilinear", align_corners=False)[None]
+    return zk.Links.from_flow(flow, -flow, grid=(Hg, Wg), check="none")
+
+
+def _heads(case: Case, flops: float) -> list[int]:
+    H = case.shape.H
+    return list(range(H)) if flops <= ORACLE_FLOPS else sorted({0, H - 1})
+
+
+def _differentiate(
+    forward: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: list[Tensor], d_o: Tensor | None
+) -> list[Tensor]:
+    """Return the output and, if ``d_o`` is given, the gradients of the inputs."""
+    if d_o is None:
+        with torch.no_grad():
+            return [forward(*inputs)]
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    out = forward(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, d_o)]
+
+
+def _checker(
+    case: Case,
+    flops: float,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    d_o: Tensor,
+    ours: Callable[[Tensor, Tensor, Tensor], Tensor],
+    reference: Callable[[Tensor, Tensor, Tensor], Tensor],
+    eager: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> Callable[[], None]:
+    """Return the check of an attention operator: heads do not mix, so the oracle may take a few of them."""
+
+    def check() -> None:
+        heads = _heads(case, flops * (1 if case.direction == "fwd" else 3))
+        inputs = [x.detach() for x in (q, k, v)]
+        gradient = None if case.direction == "fwd" else d_o
+        part = [x[..., heads, :].contiguous() for x in inputs]
+        some = None if gradient is None else gradient[..., heads, :].contiguous()
+        wide = None if some is None else some.double()
+        got = _differentiate(ours, inputs, gradient)
+        oracle = _differentiate(reference, [x.double() for x in part], wide)
+        plain = _differentiate(eager, part, some)
+        for what, x, o, e in zip(("out", "dq", "dk", "dv"), got, oracle, plain, strict=False):
+            testing.assert_within_budget(x[..., heads, :], o, e, f"{case.name} {what}", gradient=what != "out")
+
+    return check
+
+
+def _directed(case: Case, forwards: dict[str, Call], inputs: tuple[Tensor, ...], d_o: Tensor) -> dict[str, Call]:
+    """Turn forward functions into what the case's direction times."""
+    if case.direction == "fwd":
+        return {name: torch.no_grad()(forward) for name, forward in forwards.items()}
+    if case.direction == "step":
+
+        def step(forward: Call) -> tuple[Tensor, ...]:
+            return torch.autograd.grad(forward(), inputs, d_o)
+
+        return {name: functools.partial(step, forward) for name, forward in forwards.items()}
+
+    def backward(out: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(out, inputs, d_o, retain_graph=True)
+
+    directed: dict[str, Call] = {}
+    for name, forward in forwards.items():
+        directed[name] = functools.partial(backward, forward())
+    directed["ours_forward"] = torch.no_grad()(forwards["ours"])
+    return directed
+
+
+def _split(found: dict[str, peers.Peer | str]) -> tuple[dict[str, Call], dict[str, str]]:
+    runs = {name: peer for name, peer in found.items() if not isinstance(peer, str)}
+    return runs, {name: why for name, why in found.items() if isinstance(why, str)}
+
+
+def cross_frame_attention(case: Case) -> Workload:
+    """Neighbour frames i-1 and i+1, the method's default."""
+    q, k, v, d_o = tokens(case, grad=case.direction != "fwd")
+    frames = zk.neighbors(case.T)
+    pairs = int((frames >= 0).sum())
+    flops = 4.0 * case.C * case.P**2 * pairs
+    scale = case.shape.D**-0.5
+    runs, left_out = _split(peers.cross_frame_attention(q, k, v, frames))
+    forwards: dict[str, Call] = {"ours": lambda: zk.cross_frame_attention(q, k, v, frames)}
+    if case.direction == "fwd":
+        out = torch.empty_like(q)
+        forwards["ours_out"] = lambda: zk.cross_frame_attention(q, k, v, frames, out=out)
+        forwards["ours_sdpa"] = lambda: zk.cross_frame_attention(q, k, v, frames, backend="sdpa")
+    forwards |= runs
+
+    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return zk.cross_frame_attention(q, k, v, frames)
+
+    check = _checker(
+        case, flops, q, k, v, d_o, ours,
+        lambda q, k, v: cross_frame_attention_reference(q, k, v, frames, scale)[0],
+        lambda q, k, v: testing.eager_cross_frame_attention(q, k, v, frames, scale)[0],
+    )  # fmt: skip
+    counted = {"fwd": flops, "bwd": 2.5 * flops, "step": 3.5 * flops}[case.direction]
+    traffic = 4.0 * q.numel() * q.element_size() if case.direction == "fwd" else None
+    return Workload(_directed(case, forwards, (q, k, v), d_o), check, counted, None, traffic, left_out)
+
+
+def trajectory_attention(case: Case) -> Workload:
+    """Trajectories over 2 frames on either side; their inverse index is built before a backward is timed."""
+    q, k, v, d_o = tokens(case, grad=case.direction != "fwd")
+    trajectories = zk.chain_links(links(case), window=WINDOW)
+    live = trajectories.valid & (trajectories.frames >= 0)[None, :, :, None]
+    samples = float(live.sum()) * case.C
+    scale = case.shape.D**-0.5
+    runs, left_out = _split(peers.trajectory_attention(q, k, v, trajectories))
+    forwards: dict[str, Call] = {"ours": lambda: zk.trajectory_attention(q, k, v, trajectories)}
+    if case.direction == "fwd":
+        out = torch.empty_like(q)
+        forwards["ours_out"] = lambda: zk.trajectory_attention(q, k, v, trajectories, out=out)
+    forwards |= runs
+
+    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return zk.trajectory_attention(q, k, v, trajectories)
+
+    tables = (trajectories.positions, trajectories.valid, trajectories.frames, trajectories.grid)
+    check = _checker(
+        case, 20 * samples, q, k, v, d_o, ours,
+        lambda q, k, v: trajectory_attention_reference(q, k, v, *tables, scale)[0],
+        lambda q, k, v: testing.eager_trajectory_attention(q, k, v, trajectories, scale)[0],
+    )  # fmt: skip
+    directed = _directed(case, forwards, (q, k, v), d_o)
+    if case.direction != "fwd":
+        trajectories.inverse(case.T)
+        directed["ours_index"] = lambda: trajectory_cpu.inverse(*tables, case.T)
+        return Workload(directed, check, left_out=left_out)
+    gathered = 8 * samples * q.element_size()  # 4 corners of K and of V
+    traffic = 4.0 * q.numel() * q.element_size() + 9.0 * live.numel()
+    return Workload(directed, check, 20 * samples, gathered, traffic, left_out)
+
+
+def chain_links(case: Case) -> Workload:
+    """Chaining over 2 frames on either side."""
+    given = links(case)
+    fields = (given.forward, given.backward, given.valid_forward, given.valid_backward)
+
+    def eager(*fields: Tensor) -> tuple[Tensor, Tensor]:
+        return chain_links_reference(*fields, given.grid, WINDOW, False, False)
+
+    def check() -> None:
+        ours = zk.chain_links(given, window=WINDOW)
+        positions, valid = eager(fields[0].double(), fields[1].double(), *fields[2:])
+        if not torch.equal(ours.valid, valid):
+            count = int((ours.valid != valid).sum())
+            raise AssertionError(f"{case.name}: validity differs from float64 in {count} of {valid.numel()} slots")
+        plain = eager(*fields)[0]
+        testing.assert_within_budget(ours.positions, positions, plain, f"{case.name} positions")
+
+    contestants: dict[str, Call] = {
+        "ours": lambda: zk.chain_links(given, window=WINDOW),
+        "eager": lambda: eager(*fields),
+    }
+    return Workload(contestants, check)
+
+
+BUILD = {
+    "cross_frame_attention": cross_frame_attention,
+    "trajectory_attention": trajectory_attention,
+    "chain_links": chain_links,
+}
