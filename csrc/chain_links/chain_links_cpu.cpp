@@ -1,12 +1,13 @@
 // Computes:  positions and validity of every token along its chain of links, forward and backward.
-// Tasks:     (clip, start frame, direction, block of 1024 sites); a task owns its slots of those sites.
-// Tiles:     the current position and liveness of a block stay on the stack while the frames go by.
-// Traffic:   reads 4 corners of 8 bytes and 1 byte of validity per step (cache), writes 9 bytes per slot.
-// Numerics:  float32, products and sums in the order of the reference, no contraction: bit-equal to it.
-#include "chain_links/chain_links.h"
-
+// Tasks:     (clip, start frame, direction, block of 1024 sites); a task owns its slots of those
+// sites. Tiles:     the current position and liveness of a block stay on the stack while the frames
+// go by. Traffic:   reads 4 corners of 8 bytes and 1 byte of validity per step (cache), writes 9
+// bytes per slot. Numerics:  float32, products and sums in the order of the reference, no
+// contraction: bit-equal to it.
 #include <cmath>
 #include <cstring>
+
+#include "chain_links/chain_links.h"
 
 namespace zsvr {
 namespace {
@@ -19,7 +20,9 @@ struct Cell {
 };
 
 // Clamps so that NaN becomes 0; then x1, y1 are the next column and row, clamped.
-inline float clamp_coordinate(float x, float last) { return x > 0.0f ? (x < last ? x : last) : 0.0f; }
+inline float clamp_coordinate(float x, float last) {
+  return x > 0.0f ? (x < last ? x : last) : 0.0f;
+}
 
 inline Cell locate(float x, float y, int64_t Hg, int64_t Wg) {
   const float cx = clamp_coordinate(x, static_cast<float>(Wg - 1));

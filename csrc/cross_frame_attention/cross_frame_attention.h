@@ -1,6 +1,8 @@
-// Cross-frame attention on the CPU: softmax attention of every frame's tokens over listed frames' tokens.
+// Cross-frame attention on the CPU: softmax attention of every frame's tokens over listed frames'
+// tokens.
 //
-//   z[r,n] = scale * q[b,i,p,h] . k[b,frames[i,r],n,h]       lse = ln sum exp z       o = sum exp(z - lse) v
+//   z[r,n] = scale * q[b,i,p,h] . k[b,frames[i,r],n,h]       lse = ln sum exp z       o = sum exp(z
+//   - lse) v
 //
 // A row without a present entry gives o = 0, lse = -inf, zero gradients. Duplicates count.
 #pragma once
@@ -50,7 +52,8 @@ Status cross_frame_attention_bwd(const CrossFrameAttentionBackwardParams& params
                                  const Executor& executor);
 
 ZSVR_DECLARE_ISA(
-    int64_t cross_frame_attention_fwd_workspace(const CrossFrameAttentionParams& params, int threads);
+    int64_t cross_frame_attention_fwd_workspace(const CrossFrameAttentionParams& params,
+                                                int threads);
     int64_t cross_frame_attention_bwd_workspace(const CrossFrameAttentionBackwardParams& params,
                                                 int threads);
     Status cross_frame_attention_fwd(const CrossFrameAttentionParams& params,

@@ -14,9 +14,10 @@ Status check_common(const Params& p) {
                        (long long)p.H, (long long)p.R);
   }
   if (p.D < 8 || p.D > 256 || p.D % 8 != 0) {
-    return make_status(StatusCode::kUnsupported,
-                       "cross_frame_attention: head dim must be a multiple of 8 in 8..256, got %lld",
-                       (long long)p.D);
+    return make_status(
+        StatusCode::kUnsupported,
+        "cross_frame_attention: head dim must be a multiple of 8 in 8..256, got %lld",
+        (long long)p.D);
   }
   for (int64_t i = 0; i < p.T * p.R; ++i) {
     if (p.frames[i] < -1 || p.frames[i] >= p.Tk) {
@@ -34,16 +35,15 @@ Status check_common(const Params& p) {
 Status check(const CrossFrameAttentionParams& params) { return check_common(params); }
 Status check(const CrossFrameAttentionBackwardParams& params) { return check_common(params); }
 
-int64_t cross_frame_attention_fwd_workspace(const CrossFrameAttentionParams& params, int threads) {
-  ZSVR_DISPATCH(cross_frame_attention_fwd_workspace(params, threads))
-}
+int64_t cross_frame_attention_fwd_workspace(const CrossFrameAttentionParams& params, int threads){
+    ZSVR_DISPATCH(cross_frame_attention_fwd_workspace(params, threads))}
 
 int64_t cross_frame_attention_bwd_workspace(const CrossFrameAttentionBackwardParams& params,
-                                            int threads) {
-  ZSVR_DISPATCH(cross_frame_attention_bwd_workspace(params, threads))
-}
+                                            int threads){
+    ZSVR_DISPATCH(cross_frame_attention_bwd_workspace(params, threads))}
 
-Status cross_frame_attention_fwd(const CrossFrameAttentionParams& params, const Executor& executor) {
+Status
+    cross_frame_attention_fwd(const CrossFrameAttentionParams& params, const Executor& executor) {
   if (const Status status = check(params); !status.ok()) return status;
   ZSVR_DISPATCH(cross_frame_attention_fwd(params, executor))
 }

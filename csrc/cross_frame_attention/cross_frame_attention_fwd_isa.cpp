@@ -1,9 +1,12 @@
 // Computes:  o = softmax(scale q K^T) V over the listed frames, and lse.
 // Tasks:     (clip, head, query frame, block of kLanes queries); a task owns its rows of o and lse.
-// Tiles:     queries in lanes, packed once [D, kLanes]; keys in blocks of kKeys, read in place from the frames
-//            the table names, several small frames to a block; s [kKeys, kLanes] and o [D, kLanes] stay in cache.
-// Traffic:   q and o once, k and v of each listed frame once per query block (from the second-level cache).
-// Numerics:  float32 (16-bit rows are converted once per block), online softmax in base 2 with the scale folded
+// Tiles:     queries in lanes, packed once [D, kLanes]; keys in blocks of kKeys, read in place from
+// the frames
+//            the table names, several small frames to a block; s [kKeys, kLanes] and o [D, kLanes]
+//            stay in cache.
+// Traffic:   q and o once, k and v of each listed frame once per query block (from the second-level
+// cache). Numerics:  float32 (16-bit rows are converted once per block), online softmax in base 2
+// with the scale folded
 //            into q; a row without keys gives 0 and -inf.
 #include <cmath>
 
@@ -61,8 +64,8 @@ template <class Scalar, int kVec>
 void attend(const CrossFrameAttentionParams& p, const Scratch& scratch, int64_t b, int64_t i,
             int64_t h, int64_t query, int queries) {
   const int D = static_cast<int>(p.D);
-  pack_transposed(p.q.at<Scalar>(b, i, query, h), p.q.stride_p, queries, kVec, D,
-                  p.scale * kLog2E, scratch.packed);
+  pack_transposed(p.q.at<Scalar>(b, i, query, h), p.q.stride_p, queries, kVec, D, p.scale * kLog2E,
+                  scratch.packed);
   const Scalar* k[kKeys];
   const Scalar* v[kKeys];
   const float* rows[kKeys];

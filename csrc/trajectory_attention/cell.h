@@ -1,5 +1,5 @@
-// The four corners of a bilinear sample and their weights. Included by every translation unit of the operator,
-// so everything here is forced inline.
+// The four corners of a bilinear sample and their weights. Included by every translation unit of
+// the operator, so everything here is forced inline.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +24,8 @@ inline __attribute__((always_inline)) float clamp_coordinate(float x, float last
   return x > 0.0f ? (x < last ? x : last) : 0.0f;
 }
 
-inline __attribute__((always_inline)) Located locate(const float* position, int64_t Hg, int64_t Wg) {
+inline __attribute__((always_inline)) Located locate(const float* position, int64_t Hg,
+                                                     int64_t Wg) {
   const float x = clamp_coordinate(position[0], static_cast<float>(Wg - 1));
   const float y = clamp_coordinate(position[1], static_cast<float>(Hg - 1));
   Located at;

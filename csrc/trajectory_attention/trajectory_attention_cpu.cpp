@@ -20,7 +20,8 @@ Status check_trajectory(const Params& p) {
   if (p.Hg < 1) return invalid("Hg must be at least 1", p.Hg);
   if (p.Wg < 1) return invalid("Wg must be at least 1", p.Wg);
   if (p.Hg > (1 << 24) || p.Wg > (1 << 24)) {
-    return invalid("grid sides must be at most 2^24 (float32 positions)", p.Hg > p.Wg ? p.Hg : p.Wg);
+    return invalid("grid sides must be at most 2^24 (float32 positions)",
+                   p.Hg > p.Wg ? p.Hg : p.Wg);
   }
   if (p.L < 1) return invalid("trajectories need at least 1 slot", p.L);
   for (int64_t n = 0; n < p.T * p.L; ++n) {
@@ -49,7 +50,8 @@ Status check_attention(const Params& p) {
   return ok_status();
 }
 
-// Calls visit(sample, cell) for every live sample of source frame j of clip bp, in order of samples.
+// Calls visit(sample, cell) for every live sample of source frame j of clip bp, in order of
+// samples.
 template <class Visit>
 void for_each_sample(const TrajectoryInverseParams& p, int64_t bp, int64_t j, Visit visit) {
   const int64_t P = p.Hg * p.Wg;
@@ -79,7 +81,8 @@ Status check(const TrajectoryInverseParams& p) {
 Status check(const TrajectoryAttentionBackwardParams& p) {
   if (const Status status = check_attention(p); !status.ok()) return status;
   const bool wants_sources = p.dk.data != nullptr || p.dv.data != nullptr;
-  if (wants_sources && p.offsets == nullptr) {  // samples and weights are null where nothing is live
+  if (wants_sources &&
+      p.offsets == nullptr) {  // samples and weights are null where nothing is live
     return make_status(StatusCode::kInvalidArgument,
                        "trajectory_attention: dk and dv need the inverse index");
   }
@@ -121,14 +124,12 @@ Status trajectory_inverse_fill(const TrajectoryInverseParams& p, const Executor&
   return ok_status();
 }
 
-int64_t trajectory_attention_fwd_workspace(const TrajectoryAttentionParams& params, int threads) {
-  ZSVR_DISPATCH(trajectory_attention_fwd_workspace(params, threads))
-}
+int64_t trajectory_attention_fwd_workspace(const TrajectoryAttentionParams& params, int threads){
+    ZSVR_DISPATCH(trajectory_attention_fwd_workspace(params, threads))}
 
 int64_t trajectory_attention_bwd_workspace(const TrajectoryAttentionBackwardParams& params,
-                                           int threads) {
-  ZSVR_DISPATCH(trajectory_attention_bwd_workspace(params, threads))
-}
+                                           int threads){
+    ZSVR_DISPATCH(trajectory_attention_bwd_workspace(params, threads))}
 
 Status trajectory_attention_fwd(const TrajectoryAttentionParams& params, const Executor& executor) {
   if (const Status status = check(params); !status.ok()) return status;

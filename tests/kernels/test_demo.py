@@ -21,7 +21,7 @@ from zsvr_kernels.sampling import warp
 def test_the_bundled_flow_is_true():
     clip = bundled_clip()
     assert torch.equal(clip.frames, bundled_clip().frames)
-    assert clip.frames.shape == (8, 3, 96, 96) and 0 <= clip.frames.min() and clip.frames.max() <= 1
+    assert clip.frames.shape == (8, 3, 96, 96) and clip.frames.min() >= 0 and clip.frames.max() <= 1
     for frames, flow, other in (
         (clip.frames, clip.flow_forward, clip.flow_backward),
         (clip.frames.flip(0), clip.flow_backward.flip(0), clip.flow_forward.flip(0)),

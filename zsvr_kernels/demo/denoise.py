@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -89,9 +90,12 @@ def optical_flow(frames: Tensor) -> tuple[Tensor, Tensor]:
     if min(luma.shape[1:]) < 16:
         raise ValueError(f"optical flow needs frames of at least 16x16 pixels, got {luma.shape[1:]}")
     dis = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
-    pairs = range(len(luma) - 1)
-    forward = [dis.calc(luma[i], luma[i + 1], None) for i in pairs]
-    backward = [dis.calc(luma[i + 1], luma[i], None) for i in pairs]
+
+    def flow(source: np.ndarray, target: np.ndarray) -> np.ndarray:
+        return dis.calc(source, target, np.zeros((*source.shape, 2), np.float32))
+
+    forward = [flow(a, b) for a, b in pairwise(luma)]
+    backward = [flow(b, a) for a, b in pairwise(luma)]
 
     def stack(flows: list[np.ndarray]) -> Tensor:
         if not flows:
