@@ -1,9 +1,8 @@
 // Computes:  positions and validity of every token along its chain of links, forward and backward.
-// Tasks:     (clip, start frame, direction, block of 1024 sites); a task owns its slots of those
-// sites. Tiles:     the current position and liveness of a block stay on the stack while the frames
-// go by. Traffic:   reads 4 corners of 8 bytes and 1 byte of validity per step (cache), writes 9
-// bytes per slot. Numerics:  float32, products and sums in the order of the reference, no
-// contraction: bit-equal to it.
+// Tasks:     (clip, start frame, direction, block of 1024 sites); a task owns its slots of those sites.
+// Tiles:     the current position and liveness of a block stay on the stack while the frames go by.
+// Traffic:   reads 4 corners of 8 bytes and 1 byte of validity per step (cache), writes 9 bytes per slot.
+// Numerics:  float32, products and sums in the order of the reference, no contraction: bit-equal to it.
 #include <cmath>
 #include <cstring>
 

@@ -1,8 +1,6 @@
-// Cross-frame attention on the CPU: softmax attention of every frame's tokens over listed frames'
-// tokens.
+// Cross-frame attention on the CPU: softmax attention of every frame's tokens over listed frames' tokens.
 //
-//   z[r,n] = scale * q[b,i,p,h] . k[b,frames[i,r],n,h]       lse = ln sum exp z       o = sum exp(z
-//   - lse) v
+//   z[r,n] = scale * q[b,i,p,h] . k[b,frames[i,r],n,h]       lse = ln sum exp z       o = sum exp(z - lse) v
 //
 // A row without a present entry gives o = 0, lse = -inf, zero gradients. Duplicates count.
 #pragma once

@@ -1,17 +1,12 @@
-// Computes:  dq, dk, dv of cross-frame attention from lse, with P = exp(z - lse), dS = P (dO.v -
-// delta),
+// Computes:  dq, dk, dv of cross-frame attention from lse, with P = exp(z - lse), dS = P (dO.v - delta),
 //            delta = dO.o - dlse:  dq = scale dS K,  dk = scale dS^T Q,  dv = P^T dO.
-// Tasks:     1. (clip, query frame) for delta; 2. (clip, head, query frame, block of queries) for
-// dq;
-//            3. (clip, head, source frame, block of keys) for dk and dv, walking the query frames
-//            that read the source (inverse frame table). A task owns every output it writes: no
-//            atomics, one order of sums.
-// Tiles:     the owned side in lanes [D, kLanes], the other side in blocks of kKeys rows read in
-// place; scores
+// Tasks:     1. (clip, query frame) for delta; 2. (clip, head, query frame, block of queries) for dq;
+//            3. (clip, head, source frame, block of keys) for dk and dv, walking the query frames that read the
+//            source (inverse frame table). A task owns every output it writes: no atomics, one order of sums.
+// Tiles:     the owned side in lanes [D, kLanes], the other side in blocks of kKeys rows read in place; scores
 //            are recomputed in both passes (7 products of P x P x D instead of 5).
 // Traffic:   per task the other side's rows twice (from the second-level cache), outputs once.
-// Numerics:  float32; 16-bit rows are converted once per block; a row without keys gives zero
-// gradients.
+// Numerics:  float32; 16-bit rows are converted once per block; a row without keys gives zero gradients.
 #include "cross_frame_attention/cross_frame_attention.h"
 #include "cross_frame_attention/key_walk.h"
 #include "zsvr/tile.h"
@@ -82,8 +77,7 @@ void invert_table(const Params& p, const Shared& shared) {
     if (p.frames[n] >= 0) ++shared.offsets[p.frames[n] + 1];
   }
   for (int64_t j = 0; j < p.Tk; ++j) shared.offsets[j + 1] += shared.offsets[j];
-  // Filling moves each offset to the end of its row, which is the start of the next: shift back
-  // after.
+  // Filling moves each offset to the end of its row, which is the start of the next: shift back after.
   for (int64_t n = 0; n < p.T * p.R; ++n) {
     if (p.frames[n] >= 0) {
       shared.readers[shared.offsets[p.frames[n]]++] = static_cast<int32_t>(n / p.R);
@@ -238,8 +232,7 @@ void key_gradients(const Params& p, const Shared& shared, const Scratch& scratch
   if (wants_dv) write<kVec, Scalar>(scratch.sum_b, 1.0f, keys, p, p.dv, b, j, h, key);
 }
 
-// Splits one token axis into blocks of kLanes sites and calls the widest instance that is not
-// wasteful.
+// Splits one token axis into blocks of kLanes sites and calls the widest instance that is not wasteful.
 template <class Narrow, class Middle, class Wide>
 ZSVR_INLINE void by_width(int count, Narrow narrow, Middle middle, Wide wide) {
   const int vectors = (count + kWidth - 1) / kWidth;

@@ -1,15 +1,13 @@
 // Computes:  o = softmax(scale q K^T) V over the listed frames, and lse.
 // Tasks:     (clip, head, query frame, block of kLanes queries); a task owns its rows of o and lse.
-// Tiles:     queries in lanes, packed once [D, kLanes]; keys in blocks of kKeys, read in place from
-// the frames
-//            the table names, several small frames to a block; s [kKeys, kLanes] and o [D, kLanes]
-//            stay in cache.
-// Traffic:   q and o once, k and v of each listed frame once per query block (from the second-level
-// cache). Numerics:  float32 (16-bit rows are converted once per block), online softmax in base 2
-// with the scale folded
+// Tiles:     queries in lanes, packed once [D, kLanes]; keys in blocks of kKeys, read in place from the frames
+//            the table names, several small frames to a block; s [kKeys, kLanes] and o [D, kLanes] stay in cache.
+// Traffic:   q and o once, k and v of each listed frame once per query block (from the second-level cache).
+// Numerics:  float32 (16-bit rows are converted once per block), online softmax in base 2 with the scale folded
 //            into q; a row without keys gives 0 and -inf.
 #include <cmath>
 
+#include "cross_frame_attention/amx_fwd.h"
 #include "cross_frame_attention/cross_frame_attention.h"
 #include "cross_frame_attention/key_walk.h"
 #include "zsvr/tile.h"
@@ -18,7 +16,6 @@ namespace zsvr {
 namespace ZSVR_ISA {
 namespace {
 
-constexpr float kLn2 = 0.693147180559945309f;
 const float kNegativeInfinity = -__builtin_inff();
 
 // Scratch of one worker.
@@ -116,8 +113,10 @@ void write_empty(const CrossFrameAttentionParams& p, int64_t b, int64_t i, int64
   }
 }
 
-template <class Scalar>
-void run(const CrossFrameAttentionParams& p, const Executor& executor) {
+// Calls work(b, h, i, query, queries, worker) for every block of queries that has keys.
+template <class Scalar, class Work>
+void for_query_blocks(const CrossFrameAttentionParams& p, const Executor& executor,
+                      const Work& work) {
   const int64_t blocks = (p.P + kLanes - 1) / kLanes;
   run_tasks(executor, p.B * p.H * p.T * blocks, [&](int64_t task, int worker) {
     const int64_t query = task % blocks * kLanes;
@@ -128,17 +127,50 @@ void run(const CrossFrameAttentionParams& p, const Executor& executor) {
     bool empty = true;
     for (int64_t r = 0; r < p.R; ++r) empty = empty && p.frames[i * p.R + r] < 0;
     if (empty) return write_empty<Scalar>(p, b, i, h, query, queries);
-    const Scratch scratch = scratch_of(p, worker);
-    const int vectors = (queries + kWidth - 1) / kWidth;
-    if (vectors > 2) return attend<Scalar, kVectors>(p, scratch, b, i, h, query, queries);
-    if (vectors == 2) return attend<Scalar, 2>(p, scratch, b, i, h, query, queries);
-    attend<Scalar, 1>(p, scratch, b, i, h, query, queries);
+    work(b, h, i, query, queries, worker);
   });
 }
+
+template <class Scalar>
+void run(const CrossFrameAttentionParams& p, const Executor& executor) {
+  for_query_blocks<Scalar>(
+      p, executor, [&](int64_t b, int64_t h, int64_t i, int64_t query, int queries, int worker) {
+        const Scratch scratch = scratch_of(p, worker);
+        const int vectors = (queries + kWidth - 1) / kWidth;
+        if (vectors > 2) return attend<Scalar, kVectors>(p, scratch, b, i, h, query, queries);
+        if (vectors == 2) return attend<Scalar, 2>(p, scratch, b, i, h, query, queries);
+        attend<Scalar, 1>(p, scratch, b, i, h, query, queries);
+      });
+}
+
+#if ZSVR_ISA_LEVEL >= 4
+void run_on_tiles(const CrossFrameAttentionParams& p, const Executor& executor) {
+  const TileShape shape(p);
+  char* base = static_cast<char*>(p.workspace);
+  uint16_t* pack = reinterpret_cast<uint16_t*>(base);
+  base += p.B * p.Tk * p.H * shape.pack_frame() * 2;
+  run_tasks(executor, p.B * p.Tk * p.H, [&](int64_t task, int) {
+    pack_values(p, shape, task / (p.Tk * p.H), task / p.H % p.Tk, task % p.H,
+                pack + task * shape.pack_frame());
+  });
+  for_query_blocks<BFloat16>(
+      p, executor, [&](int64_t b, int64_t h, int64_t i, int64_t query, int queries, int worker) {
+        const TileScratch scratch =
+            tile_scratch_of(shape, base + worker * tile_scratch_bytes(shape));
+        const int vectors = (queries + kWidth - 1) / kWidth;
+        if (vectors > 2) return attend_tiles<4>(p, shape, scratch, pack, b, i, h, query, queries);
+        if (vectors == 2) return attend_tiles<2>(p, shape, scratch, pack, b, i, h, query, queries);
+        attend_tiles<1>(p, shape, scratch, pack, b, i, h, query, queries);
+      });
+}
+#endif
 
 }  // namespace
 
 int64_t cross_frame_attention_fwd_workspace(const CrossFrameAttentionParams& params, int threads) {
+#if ZSVR_ISA_LEVEL >= 4
+  if (params.dtype == DType::kBFloat16) return tile_workspace(params, threads);
+#endif
   return threads * scratch_bytes(params);
 }
 
@@ -149,7 +181,11 @@ Status cross_frame_attention_fwd(const CrossFrameAttentionParams& params,
       run<float>(params, executor);
       break;
     case DType::kBFloat16:
+#if ZSVR_ISA_LEVEL >= 4
+      run_on_tiles(params, executor);
+#else
       run<BFloat16>(params, executor);
+#endif
       break;
     case DType::kFloat16:
       run<Float16>(params, executor);

@@ -7,7 +7,6 @@ namespace zsvr {
 namespace ZSVR_ISA {
 
 inline constexpr int kKeys = 192;
-inline constexpr float kLog2E = 1.44269504088896341f;
 
 // Walks the keys of one query frame: all sites of every listed frame.
 template <class Params>

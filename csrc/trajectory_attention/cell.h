@@ -1,5 +1,5 @@
-// The four corners of a bilinear sample and their weights. Included by every translation unit of
-// the operator, so everything here is forced inline.
+// The four corners of a bilinear sample and their weights. Included by every translation unit of the operator,
+// so everything here is forced inline.
 #pragma once
 
 #include <cstdint>

@@ -11,8 +11,6 @@
 namespace zsvr {
 namespace ZSVR_ISA {
 
-inline constexpr float kLog2E = 1.44269504088896341f;
-inline constexpr float kLn2 = 0.693147180559945309f;
 inline constexpr int kGroup = kWidth >= 8 ? 8 : 4;  // heads reduced together
 inline constexpr int kChunk = 4;                    // vectors of one head kept in registers
 inline constexpr int64_t kScoreBudget = 64 * 1024;  // floats of scores per worker
@@ -76,8 +74,7 @@ ZSVR_INLINE Sample<Scalar> sample_at(const ConstTokens& x, int64_t b, int64_t j,
   return sample;
 }
 
-// ---- dots
-// ----------------------------------------------------------------------------------------------
+// ---- dots ---------------------------------------------------------------------------------------
 
 template <class Scalar, int kCorners>
 ZSVR_INLINE Vec blend_corners(const Scalar* const* row, const Vec* weight, int64_t at) {
@@ -144,8 +141,7 @@ ZSVR_INLINE void dots(const Sample<Scalar>& sample, int64_t stride, const Scalar
   dots_of<Scalar, 1>(sample, stride, y, y_stride, H, D, out);
 }
 
-// ---- blend
-// ---------------------------------------------------------------------------------------------
+// ---- blend --------------------------------------------------------------------------------------
 
 // One chunk of kVecs vectors of one head; the last one holds `last` channels.
 template <class Scalar, int kVecs>

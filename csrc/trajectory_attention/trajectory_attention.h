@@ -1,9 +1,7 @@
-// Trajectory attention on the CPU: every query attends to bilinear samples of K and V along its
-// trajectory.
+// Trajectory attention on the CPU: every query attends to bilinear samples of K and V along its trajectory.
 //
-//   slot l is live iff frames[i,l] >= 0 and valid[b,i,l,p]; j = frames[i,l]; (x, y) =
-//   positions[b,i,l,p] K_l = S(k[b,j,:,h]; x, y)   z_l = scale * q . K_l   lse = ln sum_live exp
-//   z_l   o = sum exp(z_l - lse) V_l
+//   slot l is live iff frames[i,l] >= 0 and valid[b,i,l,p]; j = frames[i,l]; (x, y) = positions[b,i,l,p]
+//   K_l = S(k[b,j,:,h]; x, y)   z_l = scale * q . K_l   lse = ln sum_live exp z_l   o = sum exp(z_l - lse) V_l
 //
 // S clamps to the border and blends four corners. No live slot: o = 0, lse = -inf, zero gradients.
 // One live slot: o = V_l exactly. Clip b reads entry b mod Bp of positions and valid.
@@ -32,9 +30,9 @@ struct TrajectoryAttentionParams {
 };
 
 // Inverse of the corner gather: for each source site (bp, j, site), the samples that read it.
-//   offsets [Bp * Tk * P + 1]; entries offsets[r] .. offsets[r+1] belong to row r = (bp * Tk + j) *
-//   P + site, ordered by sample. sample = (i * L + l) * P + p within its bp. Corners of weight 0
-//   and dead slots are left out, corners that coincide after clamping are merged into one entry.
+//   offsets [Bp * Tk * P + 1]; entries offsets[r] .. offsets[r+1] belong to row r = (bp * Tk + j) * P + site,
+//   ordered by sample. sample = (i * L + l) * P + p within its bp. Corners of weight 0 and dead slots are
+//   left out, corners that coincide after clamping are merged into one entry.
 struct TrajectoryInverseParams {
   int64_t Bp = 0, T = 0, Tk = 0, Hg = 0, Wg = 0, L = 0;
   const float* positions = nullptr;  // [Bp, T, L, P, 2] dense

@@ -1,19 +1,13 @@
-// Computes:  with p_l = exp(z_l - lse), g_l = dO . V_l, ds_l = p_l (g_l - delta), delta = sum p_l
-// g_l - dlse:
-//            dq = scale sum_l ds_l K_l; dk[cell] = scale sum w ds q, dv[cell] = sum w p dO over the
-//            samples that read the cell; dpositions from the corner dots.
-// Tasks:     per clip, pass A: (query frame, tile of sites) for p, ds, dq, dpositions; pass B:
-// (source frame, 16
-//            sites) for dk, dv, walking the inverse index. A task owns every output it writes: no
-//            atomics.
-// Tiles:     pass A as the forward; pass B keeps one head's row of dk and dv in registers over its
-// entries. Traffic:   pass A reads K and V twice as the forward does; p and ds [T, L, P, 2, H] are
-// written and read once
+// Computes:  with p_l = exp(z_l - lse), g_l = dO . V_l, ds_l = p_l (g_l - delta), delta = sum p_l g_l - dlse:
+//            dq = scale sum_l ds_l K_l; dk[cell] = scale sum w ds q, dv[cell] = sum w p dO over the samples
+//            that read the cell; dpositions from the corner dots.
+// Tasks:     per clip, pass A: (query frame, tile of sites) for p, ds, dq, dpositions; pass B: (source frame, 16
+//            sites) for dk, dv, walking the inverse index. A task owns every output it writes: no atomics.
+// Tiles:     pass A as the forward; pass B keeps one head's row of dk and dv in registers over its entries.
+// Traffic:   pass A reads K and V twice as the forward does; p and ds [T, L, P, 2, H] are written and read once
 //            per corner; pass B reads q and dO rows once per entry (4 corners per live sample).
-// Numerics:  float32 sums in the order of samples, so results do not depend on the thread count;
-// delta comes
-//            from p and g rather than from the rounded output, so one live slot has ds = 0 to
-//            float32.
+// Numerics:  float32 sums in the order of samples, so results do not depend on the thread count; delta comes
+//            from p and g rather than from the rounded output, so one live slot has ds = 0 to float32.
 #include "trajectory_attention/samples.h"
 #include "trajectory_attention/trajectory_attention.h"
 

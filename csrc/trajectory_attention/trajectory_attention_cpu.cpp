@@ -50,8 +50,7 @@ Status check_attention(const Params& p) {
   return ok_status();
 }
 
-// Calls visit(sample, cell) for every live sample of source frame j of clip bp, in order of
-// samples.
+// Calls visit(sample, cell) for every live sample of source frame j of clip bp, in order of samples.
 template <class Visit>
 void for_each_sample(const TrajectoryInverseParams& p, int64_t bp, int64_t j, Visit visit) {
   const int64_t P = p.Hg * p.Wg;

@@ -1,10 +1,9 @@
-// Computes:  o = sum over live slots of softmax(scale q . K_l) V_l, K_l and V_l bilinear samples,
-// and lse. Tasks:     (clip, query frame, tile of up to 8x8 sites); a task owns its rows of o and
-// lse. Tiles:     scores [L, sites, H] of a tile; slots outer and sites inner, so that neighbouring
-// sites meet the
+// Computes:  o = sum over live slots of softmax(scale q . K_l) V_l, K_l and V_l bilinear samples, and lse.
+// Tasks:     (clip, query frame, tile of up to 8x8 sites); a task owns its rows of o and lse.
+// Tiles:     scores [L, sites, H] of a tile; slots outer and sites inner, so that neighbouring sites meet the
 //            same rows of K in cache; then one site at a time for V with the output in registers.
-// Traffic:   q and o once; 4 corner rows of k and v per live slot, shared by neighbours through the
-// cache. Numerics:  float32 arithmetic, softmax in base 2; a single live slot has weight exactly 1.
+// Traffic:   q and o once; 4 corner rows of k and v per live slot, shared by neighbours through the cache.
+// Numerics:  float32 arithmetic, softmax in base 2; a single live slot has weight exactly 1.
 #include <cmath>
 
 #include "trajectory_attention/samples.h"
@@ -24,8 +23,7 @@ int64_t scratch_bytes(const Params& p, const Tiling& tiling) {
   return score_bytes(p, tiling) + aligned(p.L * static_cast<int64_t>(sizeof(Sample<float>)));
 }
 
-// Scores in base 2 -> weights of the softmax over slots; writes lse. rows = sites * H values per
-// slot.
+// Scores in base 2 -> weights of the softmax over slots; writes lse. rows = sites * H values per slot.
 void softmax(const Params& p, float* scores, int64_t b, int64_t i, const TileSites& sites) {
   const float factor = p.scale * kLog2E;
   const Vec scale = broadcast(factor);

@@ -1,9 +1,8 @@
-// Instruction sets: which one this process uses, and the switch that calls a kernel compiled for
-// it.
+// Instruction sets: which one this process uses, and the switch that calls a kernel compiled for it.
 //
-// Every *_isa.cpp file is compiled once per level with its own flags, inside namespace
-// zsvr::<level>. Such files must not instantiate std:: templates that are not inlined away: the
-// linker keeps one copy of a weak symbol, and it could be the one with the widest instructions.
+// Every *_isa.cpp file is compiled once per level with its own flags, inside namespace zsvr::<level>.
+// Such files must not instantiate std:: templates that are not inlined away: the linker keeps one copy of a
+// weak symbol, and it could be the one with the widest instructions.
 #pragma once
 
 #include <cstdint>
@@ -12,14 +11,13 @@ namespace zsvr {
 
 enum class Isa : int32_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx = 4 };
 
-// Highest level that was compiled in, the processor has, and ZSVR_CPU_CAPABILITY (read once)
-// allows.
+// Highest level that was compiled in, the processor has, and ZSVR_CPU_CAPABILITY (read once) allows.
 Isa active_isa();
 const char* isa_name(Isa isa);
 // Comma-separated names of the levels compiled into this library.
 const char* compiled_isas();
-// Lowers or restores the level at run time, for tests; returns false if unknown, not compiled or
-// not on this processor.
+// Lowers or restores the level at run time, for tests; returns false if unknown, not compiled or not on
+// this processor.
 bool set_isa(const char* name);
 
 }  // namespace zsvr
@@ -54,8 +52,7 @@ bool set_isa(const char* name);
 #endif
 
 // Declares `signature` in every level's namespace:
-//   ZSVR_DECLARE_ISA(Status cross_frame_attention_fwd(const Params& params, const Executor&
-//   executor);)
+//   ZSVR_DECLARE_ISA(Status cross_frame_attention_fwd(const Params& params, const Executor& executor);)
 #define ZSVR_DECLARE_ISA(...) \
   namespace portable {        \
   __VA_ARGS__                 \

@@ -1,9 +1,8 @@
 // Task parallelism over a thread pool that the caller owns.
 //
-// The core has no threads of its own. Python hands over torch's pool (torch_parallel_for), tests
-// hand over nothing (serial) or std::thread. Tasks are pulled from a counter, so which worker runs
-// a task varies: a task must own the outputs it writes, and results then do not depend on the
-// thread count.
+// The core has no threads of its own. Python hands over torch's pool (torch_parallel_for), tests hand over
+// nothing (serial) or std::thread. Tasks are pulled from a counter, so which worker runs a task varies: a
+// task must own the outputs it writes, and results then do not depend on the thread count.
 #pragma once
 
 #include <atomic>
@@ -11,8 +10,7 @@
 
 namespace zsvr {
 
-// Calls body(chunk_begin, chunk_end, context) over a partition of [begin, end); returns 0 on
-// success.
+// Calls body(chunk_begin, chunk_end, context) over a partition of [begin, end); returns 0 on success.
 using ParallelFor = int (*)(int64_t begin, int64_t end, int64_t grain,
                             void (*body)(int64_t, int64_t, void*), void* context);
 

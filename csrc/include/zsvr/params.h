@@ -7,8 +7,8 @@
 
 namespace zsvr {
 
-// A token tensor [B, T, P, H, D]. Strides count elements; D is dense (stride 1). Strides may be
-// zero (expanded views) on inputs; outputs never alias themselves.
+// A token tensor [B, T, P, H, D]. Strides count elements; D is dense (stride 1). Strides may be zero
+// (expanded views) on inputs; outputs never alias themselves.
 struct ConstTokens {
   const void* data = nullptr;
   int64_t stride_b = 0, stride_t = 0, stride_p = 0, stride_h = 0;

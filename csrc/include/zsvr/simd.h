@@ -1,8 +1,8 @@
 // A small SIMD type: one source, compiled once per instruction set (ZSVR_ISA names the level).
 //
-// Vec is a GCC/Clang vector of kWidth floats: + - * / and comparisons are the language's own, and a
-// * b + c contracts to a fused multiply-add where the level has one. What the language lacks is
-// below. Loads never touch memory outside [pointer, pointer + count).
+// Vec is a GCC/Clang vector of kWidth floats: + - * / and comparisons are the language's own, and a * b + c
+// contracts to a fused multiply-add where the level has one. What the language lacks is below.
+// Loads never touch memory outside [pointer, pointer + count).
 #pragma once
 
 #include <cstdint>
@@ -38,8 +38,7 @@ typedef float VecUnaligned __attribute__((vector_size(kWidth * 4), aligned(4), m
 ZSVR_INLINE Vec broadcast(float x) { return x - Vec{}; }
 ZSVR_INLINE Vec zero() { return Vec{}; }
 
-// ---- scalar conversions
-// --------------------------------------------------------------------------------
+// ---- scalar conversions -------------------------------------------------------------------------
 
 ZSVR_INLINE float to_float(float x) { return x; }
 
@@ -111,8 +110,7 @@ ZSVR_INLINE Float16 from_float<Float16>(float x) {  // round to nearest even
 #endif
 }
 
-// ---- full-width loads and stores
-// -----------------------------------------------------------------------
+// ---- full-width loads and stores ----------------------------------------------------------------
 
 ZSVR_INLINE Vec load(const float* pointer) {
   return *reinterpret_cast<const VecUnaligned*>(pointer);
@@ -176,8 +174,7 @@ ZSVR_INLINE void store(Float16* pointer, Vec x) {
 #endif
 }
 
-// ---- the first `count` lanes only (0 <= count <= kWidth); other lanes load as zero
-// --------------------
+// ---- the first `count` lanes only (0 <= count <= kWidth); other lanes load as zero --------------
 
 template <class Scalar>
 ZSVR_INLINE Vec load_first(const Scalar* pointer, int count) {
@@ -206,8 +203,7 @@ ZSVR_INLINE void store_first(Scalar* pointer, Vec x, int count) {
   std::memcpy(pointer, buffer, static_cast<size_t>(count) * sizeof(Scalar));
 }
 
-// ---- arithmetic
-// ----------------------------------------------------------------------------------------
+// ---- arithmetic ---------------------------------------------------------------------------------
 
 ZSVR_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 
@@ -250,9 +246,8 @@ ZSVR_INLINE float reduce_max(Vec x) {
   return result;
 }
 
-// Adds neighbours kStep lanes apart within a and within b, and interleaves: the lanes whose index
-// has bit kStep come from b. Applying it for steps 1, 2, 4, ... to pairs of 8 vectors sums each
-// vector into its own lane.
+// Adds neighbours kStep lanes apart within a and within b, and interleaves: the lanes whose index has bit kStep
+// come from b. Applying it for steps 1, 2, 4, ... to pairs of 8 vectors sums each vector into its own lane.
 template <int kStep>
 ZSVR_INLINE Vec merge_add(Vec a, Vec b) {
 #if defined(__clang__)
@@ -290,8 +285,8 @@ ZSVR_INLINE Vec reduce_group(const Vec (&x)[kWidth >= 8 ? 8 : 4]) {
 #endif
 }
 
-// 2^x: exactly 1 at 0, 0 below -126 (so for -inf, and no subnormal result slows what follows),
-// relative error below 1.5e-7; NaN gives NaN. x <= 128.
+// 2^x: exactly 1 at 0, 0 below -126 (so for -inf, and no subnormal result slows what follows), relative error
+// below 1.5e-7; NaN gives NaN. x <= 128.
 ZSVR_INLINE Vec exp2(Vec x) {
 #if ZSVR_ISA_LEVEL >= 2
   const Vec rounded = (Vec)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | 8);
@@ -324,7 +319,10 @@ ZSVR_INLINE Vec exp2(Vec x) {
 #endif
 }
 
-ZSVR_INLINE Vec exp(Vec x) { return exp2(x * broadcast(1.44269504088896341f)); }
+inline constexpr float kLog2E = 1.44269504088896341f;
+inline constexpr float kLn2 = 0.693147180559945309f;
+
+ZSVR_INLINE Vec exp(Vec x) { return exp2(x * broadcast(kLog2E)); }
 
 }  // namespace ZSVR_ISA
 }  // namespace zsvr

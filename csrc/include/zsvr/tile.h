@@ -1,14 +1,11 @@
-// The two matrix products of attention on a CPU, with one operand in SIMD lanes and the other as
-// scalars.
+// The two matrix products of attention on a CPU, with one operand in SIMD lanes and the other as scalars.
 //
-// A packed operand is [D, kLanes] float32: channel-major, one query (or key) per lane. The other
-// operand is a list of row pointers, read in place as broadcasts, so any strides do and frame
-// borders inside a block of rows cost nothing:
-//   score_block:       s[n][lane]  = rows[n] . packed[:, lane]               rows in groups of
-//   kRows accumulate_block:  o[c][lane] (+)= sum_n rows[n][c] * s[n][lane]         channels in
-//   groups of kRows
-// kRows x kVectors accumulators fill the register file: 6 x 4 of 32 on AVX-512, 6 x 2 of 16 on
-// AVX2.
+// A packed operand is [D, kLanes] float32: channel-major, one query (or key) per lane. The other operand is
+// a list of row pointers, read in place as broadcasts, so any strides do and frame borders inside a block of
+// rows cost nothing:
+//   score_block:       s[n][lane]  = rows[n] . packed[:, lane]               rows in groups of kRows
+//   accumulate_block:  o[c][lane] (+)= sum_n rows[n][c] * s[n][lane]         channels in groups of kRows
+// kRows x kVectors accumulators fill the register file: 6 x 4 of 32 on AVX-512, 6 x 2 of 16 on AVX2.
 #pragma once
 
 #include "zsvr/simd.h"
@@ -24,8 +21,7 @@ static_assert((kRows + 1) * kVectors + 1 <= (ZSVR_ISA_LEVEL >= 2 ? 32 : 16));
 inline constexpr int64_t kAlign = 64;
 ZSVR_INLINE int64_t aligned(int64_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
 
-// ---- transposing pack and unpack
-// -----------------------------------------------------------------------
+// ---- transposing pack and unpack ----------------------------------------------------------------
 
 #if defined(__clang__)
 ZSVR_INLINE void transpose(Vec (&rows)[kWidth]) {
@@ -61,8 +57,7 @@ ZSVR_INLINE void transpose(Vec (&rows)[kWidth]) {
 }
 #endif
 
-// packed[c][n] = factor * source[n * stride + c] for n < count; lanes count..vectors*kWidth are
-// zero.
+// packed[c][n] = factor * source[n * stride + c] for n < count; lanes count..vectors*kWidth are zero.
 template <class Scalar>
 static void pack_transposed(const Scalar* source, int64_t stride, int count, int vectors, int D,
                             float factor, float* packed) {
@@ -105,11 +100,10 @@ static void unpack_transposed(const float* packed, const float* factors, int cou
   }
 }
 
-// ---- rows as float32
-// -----------------------------------------------------------------------------------
+// ---- rows as float32 ----------------------------------------------------------------------------
 
-// Makes rows[n] point at float32 values of the given storage rows: in place for float32, else
-// converted into scratch [count, D].
+// Makes rows[n] point at float32 values of the given storage rows: in place for float32, else converted into
+// scratch [count, D].
 ZSVR_INLINE void float_rows(const float* const* source, int count, int, float*,
                             const float** rows) {
   for (int n = 0; n < count; ++n) rows[n] = source[n];
@@ -127,11 +121,9 @@ static void float_rows(const Scalar* const* source, int count, int D, float* scr
   }
 }
 
-// ---- scores
-// --------------------------------------------------------------------------------------------
+// ---- scores -------------------------------------------------------------------------------------
 
-// Channels summed in one chain; longer dot products are sums of such chains, which halves their
-// rounding error.
+// Channels summed in one chain; longer dot products are sums of such chains, which halves their rounding error.
 inline constexpr int kChain = 64;
 
 template <int kCount, int kVec>
@@ -173,8 +165,7 @@ ZSVR_INLINE void score_rows(const float* const* rows, const float* packed, int D
   }
 }
 
-// s[n][lane] = rows[n] . packed[:, lane] for n < count; peak[v], if given, is raised to the
-// largest.
+// s[n][lane] = rows[n] . packed[:, lane] for n < count; peak[v], if given, is raised to the largest.
 template <int kVec>
 static void score_block(const float* const* rows, int count, const float* packed, int D, float* s,
                         Vec* peak) {
@@ -200,8 +191,7 @@ static void score_block(const float* const* rows, int count, const float* packed
   }
 }
 
-// ---- accumulation
-// --------------------------------------------------------------------------------------
+// ---- accumulation -------------------------------------------------------------------------------
 
 // What happens to the old value of o.
 enum class Keep { kNothing, kAll, kScaled };
