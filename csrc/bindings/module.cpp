@@ -91,9 +91,10 @@ void bind_cross_frame_attention(py::module_& m) {
     bind_pointer(c, "lse", &Params::lse);
     bind_pointer(c, "workspace", &Params::workspace);
   };
-  py::class_<CrossFrameAttentionParams> forward(m, "CrossFrameAttentionParams");
+  py::class_<CrossFrameAttentionParams> forward(m, "CrossFrameAttentionParams", py::module_local());
   sizes(forward);
-  py::class_<CrossFrameAttentionBackwardParams> backward(m, "CrossFrameAttentionBackwardParams");
+  py::class_<CrossFrameAttentionBackwardParams> backward(m, "CrossFrameAttentionBackwardParams",
+                                                         py::module_local());
   sizes(backward);
   bind_tokens(backward, "d_o", &CrossFrameAttentionBackwardParams::d_o);
   bind_pointer(backward, "dlse", &CrossFrameAttentionBackwardParams::dlse);
@@ -143,11 +144,12 @@ void bind_trajectory_attention(py::module_& m) {
     bind_pointer(c, "lse", &Params::lse);
     bind_pointer(c, "workspace", &Params::workspace);
   };
-  py::class_<TrajectoryAttentionParams> forward(m, "TrajectoryAttentionParams");
+  py::class_<TrajectoryAttentionParams> forward(m, "TrajectoryAttentionParams", py::module_local());
   trajectory(forward);
   attention(forward);
   bind_tokens(forward, "o", &TrajectoryAttentionParams::o);
-  py::class_<TrajectoryAttentionBackwardParams> backward(m, "TrajectoryAttentionBackwardParams");
+  py::class_<TrajectoryAttentionBackwardParams> backward(m, "TrajectoryAttentionBackwardParams",
+                                                         py::module_local());
   trajectory(backward);
   attention(backward);
   bind_tokens(backward, "d_o", &TrajectoryAttentionBackwardParams::d_o);
@@ -159,7 +161,7 @@ void bind_trajectory_attention(py::module_& m) {
   bind_tokens(backward, "dk", &TrajectoryAttentionBackwardParams::dk);
   bind_tokens(backward, "dv", &TrajectoryAttentionBackwardParams::dv);
   bind_pointer(backward, "dpositions", &TrajectoryAttentionBackwardParams::dpositions);
-  py::class_<TrajectoryInverseParams> inverse(m, "TrajectoryInverseParams");
+  py::class_<TrajectoryInverseParams> inverse(m, "TrajectoryInverseParams", py::module_local());
   trajectory(inverse);
   bind_pointer(inverse, "offsets", &TrajectoryInverseParams::offsets);
   bind_pointer(inverse, "samples", &TrajectoryInverseParams::samples);
@@ -191,7 +193,7 @@ void bind_trajectory_attention(py::module_& m) {
 
 void bind_chain_links(py::module_& m) {
   using zsvr::ChainLinksParams;
-  py::class_<ChainLinksParams> params(m, "ChainLinksParams");
+  py::class_<ChainLinksParams> params(m, "ChainLinksParams", py::module_local());
   params.def(py::init<>())
       .def_readwrite("B", &ChainLinksParams::B)
       .def_readwrite("T", &ChainLinksParams::T)

@@ -1,10 +1,10 @@
 // Computes:  o = softmax(scale q K^T) V over the listed frames, and lse.
-// Tasks:     (clip, head, query frame, block of kLanes queries); a task owns its rows of o and lse.
-// Tiles:     queries in lanes, packed once [D, kLanes]; keys in blocks of kKeys, read in place from the frames
-//            the table names, several small frames to a block; s [kKeys, kLanes] and o [D, kLanes] stay in cache.
-// Traffic:   q and o once, k and v of each listed frame once per query block (from the second-level cache).
-// Numerics:  float32 (16-bit rows are converted once per block), online softmax in base 2 with the scale folded
-//            into q; a row without keys gives 0 and -inf.
+// Tasks:     (clip, head, query frame, span of queries); a task owns its rows of o and lse.
+// Tiles:     queries in lanes, packed once in blocks [D, kLanes]; keys and values in panels of kKeys rows, copied
+//            from the frames the table names, several small frames to a panel; each panel meets every block.
+// Traffic:   q and o once, k and v of each listed frame once per span of kSpan queries.
+// Numerics:  float32, online softmax in base 2 with the scale folded into q; a row without keys gives 0 and -inf.
+//            A block's arithmetic does not depend on the span it is in.
 #include <cmath>
 
 #include "cross_frame_attention/amx_fwd.h"
@@ -18,28 +18,49 @@ namespace {
 
 const float kNegativeInfinity = -__builtin_inff();
 
-// Scratch of one worker.
+constexpr int64_t kSpan = 256;  // queries of a task
+
+// Scratch of one worker; a span is a whole number of blocks of kLanes queries.
 struct Scratch {
-  float* packed;  // [D, kLanes]
-  float* s;       // [kKeys, kLanes]
-  float* o;       // [D, kLanes]
-  float* rows;    // [kKeys, D], 16-bit storage only
+  float* packed;         // [span / kLanes, D, kLanes]
+  float* o;              // [span / kLanes, D, kLanes]
+  float *peak, *sum;     // [span]
+  float* s;              // [kKeys, kLanes]
+  float *keys, *values;  // [kKeys, panel_stride(D)]
+
+  // With the part that belongs to the block of kLanes queries at an offset in the span.
+  Scratch block(int64_t D, int64_t offset) const {
+    Scratch result = *this;
+    result.packed += offset * D;
+    result.o += offset * D;
+    result.peak += offset;
+    result.sum += offset;
+    return result;
+  }
 };
 
 int64_t scratch_bytes(const CrossFrameAttentionParams& p) {
-  const int64_t rows = p.dtype == DType::kFloat32 ? 0 : aligned(kKeys * p.D * 4);
-  return 2 * aligned(p.D * kLanes * 4) + aligned(kKeys * kLanes * 4) + rows;
+  const int64_t span = largest_span(p.P, kSpan);
+  return 4 * (2 * p.D * span + 2 * span + kKeys * kLanes + 2 * kKeys * panel_stride(p.D));
 }
 
 Scratch scratch_of(const CrossFrameAttentionParams& p, int worker) {
-  char* base = static_cast<char*>(p.workspace) + worker * scratch_bytes(p);
+  const int64_t span = largest_span(p.P, kSpan);
+  float* next =
+      reinterpret_cast<float*>(static_cast<char*>(p.workspace) + worker * scratch_bytes(p));
+  const auto take = [&next](int64_t count) {
+    float* result = next;
+    next += count;
+    return result;
+  };
   Scratch scratch;
-  scratch.packed = reinterpret_cast<float*>(base);
-  base += aligned(p.D * kLanes * 4);
-  scratch.o = reinterpret_cast<float*>(base);
-  base += aligned(p.D * kLanes * 4);
-  scratch.s = reinterpret_cast<float*>(base);
-  scratch.rows = reinterpret_cast<float*>(base + aligned(kKeys * kLanes * 4));
+  scratch.packed = take(p.D * span);
+  scratch.o = take(p.D * span);
+  scratch.peak = take(span);
+  scratch.sum = take(span);
+  scratch.s = take(kKeys * kLanes);
+  scratch.keys = take(kKeys * panel_stride(p.D));
+  scratch.values = take(kKeys * panel_stride(p.D));
   return scratch;
 }
 
@@ -58,48 +79,71 @@ void exponentiate(float* s, int count, const Vec* peak, Vec* sum) {
 }
 
 template <class Scalar, int kVec>
+void begin(const CrossFrameAttentionParams& p, const Scratch& block, int64_t b, int64_t i,
+           int64_t h, int64_t query, int queries) {
+  pack_transposed(p.q.at<Scalar>(b, i, query, h), p.q.stride_p, queries, kVec,
+                  static_cast<int>(p.D), p.scale * kLog2E, block.packed);
+  for (int n = 0; n < kVec; ++n) {
+    store(block.peak + n * kWidth, broadcast(kNegativeInfinity));
+    store(block.sum + n * kWidth, zero());
+  }
+}
+
+// Takes the keys of a panel into a block's peak, sum and o.
+template <int kVec>
+void absorb(const Scratch& block, int count, int D, bool first, RowsAhead& ahead) {
+  Vec peak[kVec], sum[kVec], shrink[kVec], block_sum[kVec];
+  for (int n = 0; n < kVec; ++n) peak[n] = load(block.peak + n * kWidth);
+  score_block<kVec>(block.keys, count, block.packed, D, block.s, peak, ahead);
+  for (int n = 0; n < kVec; ++n) {
+    sum[n] = load(block.sum + n * kWidth);
+    shrink[n] = exp2(load(block.peak + n * kWidth) - peak[n]);
+    block_sum[n] = zero();
+  }
+  exponentiate<kVec>(block.s, count, peak, block_sum);
+  for (int n = 0; n < kVec; ++n) {
+    store(block.sum + n * kWidth, first ? block_sum[n] : fma(sum[n], shrink[n], block_sum[n]));
+    store(block.peak + n * kWidth, peak[n]);
+  }
+  accumulate_block<kVec>(block.values, count, block.s, D, first ? Keep::kNothing : Keep::kScaled,
+                         shrink, block.o);
+}
+
+template <class Scalar, int kVec>
+void finish(const CrossFrameAttentionParams& p, const Scratch& block, int64_t b, int64_t i,
+            int64_t h, int64_t query, int queries) {
+  float inverse[kLanes];
+  for (int n = 0; n < kVec; ++n) {
+    store(inverse + n * kWidth, broadcast(1.0f) / load(block.sum + n * kWidth));
+  }
+  unpack_transposed(block.o, inverse, queries, kVec, static_cast<int>(p.D),
+                    p.o.at<Scalar>(b, i, query, h), p.o.stride_p);
+  float* lse = p.lse + ((b * p.T + i) * p.P + query) * p.H + h;
+  for (int n = 0; n < queries; ++n) {
+    lse[n * p.H] = (block.peak[n] + ::log2f(block.sum[n])) * kLn2;
+  }
+}
+
+template <class Scalar>
 void attend(const CrossFrameAttentionParams& p, const Scratch& scratch, int64_t b, int64_t i,
             int64_t h, int64_t query, int queries) {
   const int D = static_cast<int>(p.D);
-  pack_transposed(p.q.at<Scalar>(b, i, query, h), p.q.stride_p, queries, kVec, D, p.scale * kLog2E,
-                  scratch.packed);
-  const Scalar* k[kKeys];
-  const Scalar* v[kKeys];
-  const float* rows[kKeys];
-  Vec peak[kVec], sum[kVec];
-  for (int n = 0; n < kVec; ++n) {
-    peak[n] = broadcast(kNegativeInfinity);
-    sum[n] = zero();
-  }
+  each_block(scratch, p.D, query, queries,
+             [&](const Scratch& block, int64_t at, int count, auto width) {
+               begin<Scalar, width.count>(p, block, b, i, h, at, count);
+             });
   KeyWalk<CrossFrameAttentionParams> walk{p, b, h, p.frames + i * p.R};
   bool first = true;
-  for (int count; (count = walk.next(k, v)) > 0; first = false) {
-    float_rows(k, count, D, scratch.rows, rows);
-    Vec old[kVec], shrink[kVec], block_sum[kVec];
-    for (int n = 0; n < kVec; ++n) old[n] = peak[n];
-    score_block<kVec>(rows, count, scratch.packed, D, scratch.s, peak);
-    for (int n = 0; n < kVec; ++n) {
-      shrink[n] = exp2(old[n] - peak[n]);
-      block_sum[n] = zero();
-    }
-    exponentiate<kVec>(scratch.s, count, peak, block_sum);
-    for (int n = 0; n < kVec; ++n) {
-      sum[n] = first ? block_sum[n] : fma(sum[n], shrink[n], block_sum[n]);
-    }
-    float_rows(v, count, D, scratch.rows, rows);
-    accumulate_block<kVec>(rows, count, scratch.s, D, first ? Keep::kNothing : Keep::kScaled,
-                           shrink, scratch.o);
+  for (int keys; (keys = walk.next<Scalar>(scratch.keys, scratch.values)) > 0; first = false) {
+    RowsAhead ahead = walk.template ahead<Scalar>();
+    each_block(scratch, p.D, query, queries, [&](const Scratch& block, int64_t, int, auto width) {
+      absorb<width.count>(block, keys, D, first, ahead);
+    });
   }
-  float inverse[kLanes], peaks[kLanes], sums[kLanes];
-  for (int n = 0; n < kVec; ++n) {
-    store(inverse + n * kWidth, broadcast(1.0f) / sum[n]);
-    store(peaks + n * kWidth, peak[n]);
-    store(sums + n * kWidth, sum[n]);
-  }
-  unpack_transposed(scratch.o, inverse, queries, kVec, D, p.o.at<Scalar>(b, i, query, h),
-                    p.o.stride_p);
-  float* lse = p.lse + ((b * p.T + i) * p.P + query) * p.H + h;
-  for (int n = 0; n < queries; ++n) lse[n * p.H] = (peaks[n] + ::log2f(sums[n])) * kLn2;
+  each_block(scratch, p.D, query, queries,
+             [&](const Scratch& block, int64_t at, int count, auto width) {
+               finish<Scalar, width.count>(p, block, b, i, h, at, count);
+             });
 }
 
 template <class Scalar>
@@ -113,17 +157,18 @@ void write_empty(const CrossFrameAttentionParams& p, int64_t b, int64_t i, int64
   }
 }
 
-// Calls work(b, h, i, query, queries, worker) for every block of queries that has keys.
+// Calls work(b, h, i, query, queries, worker) for every span of at most `most` queries that has keys.
 template <class Scalar, class Work>
-void for_query_blocks(const CrossFrameAttentionParams& p, const Executor& executor,
-                      const Work& work) {
-  const int64_t blocks = (p.P + kLanes - 1) / kLanes;
-  run_tasks(executor, p.B * p.H * p.T * blocks, [&](int64_t task, int worker) {
-    const int64_t query = task % blocks * kLanes;
-    const int64_t i = task / blocks % p.T;
-    const int64_t h = task / (blocks * p.T) % p.H;
-    const int64_t b = task / (blocks * p.T * p.H);
-    const int queries = static_cast<int>(p.P - query < kLanes ? p.P - query : kLanes);
+void for_query_spans(const CrossFrameAttentionParams& p, const Executor& executor, int64_t most,
+                     const Work& work) {
+  const int64_t span = task_span(p.B * p.H * p.T, p.P, most, executor.threads);
+  const int64_t spans = (p.P + span - 1) / span;
+  run_tasks(executor, p.B * p.H * p.T * spans, [&](int64_t task, int worker) {
+    const int64_t query = task % spans * span;
+    const int64_t i = task / spans % p.T;
+    const int64_t h = task / (spans * p.T) % p.H;
+    const int64_t b = task / (spans * p.T * p.H);
+    const int queries = static_cast<int>(p.P - query < span ? p.P - query : span);
     bool empty = true;
     for (int64_t r = 0; r < p.R; ++r) empty = empty && p.frames[i * p.R + r] < 0;
     if (empty) return write_empty<Scalar>(p, b, i, h, query, queries);
@@ -133,13 +178,10 @@ void for_query_blocks(const CrossFrameAttentionParams& p, const Executor& execut
 
 template <class Scalar>
 void run(const CrossFrameAttentionParams& p, const Executor& executor) {
-  for_query_blocks<Scalar>(
-      p, executor, [&](int64_t b, int64_t h, int64_t i, int64_t query, int queries, int worker) {
-        const Scratch scratch = scratch_of(p, worker);
-        const int vectors = (queries + kWidth - 1) / kWidth;
-        if (vectors > 2) return attend<Scalar, kVectors>(p, scratch, b, i, h, query, queries);
-        if (vectors == 2) return attend<Scalar, 2>(p, scratch, b, i, h, query, queries);
-        attend<Scalar, 1>(p, scratch, b, i, h, query, queries);
+  for_query_spans<Scalar>(
+      p, executor, kSpan,
+      [&](int64_t b, int64_t h, int64_t i, int64_t query, int queries, int worker) {
+        attend<Scalar>(p, scratch_of(p, worker), b, i, h, query, queries);
       });
 }
 
@@ -153,14 +195,14 @@ void run_on_tiles(const CrossFrameAttentionParams& p, const Executor& executor) 
     pack_values(p, shape, task / (p.Tk * p.H), task / p.H % p.Tk, task % p.H,
                 pack + task * shape.pack_frame());
   });
-  for_query_blocks<BFloat16>(
-      p, executor, [&](int64_t b, int64_t h, int64_t i, int64_t query, int queries, int worker) {
+  for_query_spans<BFloat16>(
+      p, executor, kLanes,
+      [&](int64_t b, int64_t h, int64_t i, int64_t query, int queries, int worker) {
         const TileScratch scratch =
             tile_scratch_of(shape, base + worker * tile_scratch_bytes(shape));
-        const int vectors = (queries + kWidth - 1) / kWidth;
-        if (vectors > 2) return attend_tiles<4>(p, shape, scratch, pack, b, i, h, query, queries);
-        if (vectors == 2) return attend_tiles<2>(p, shape, scratch, pack, b, i, h, query, queries);
-        attend_tiles<1>(p, shape, scratch, pack, b, i, h, query, queries);
+        by_width(queries, [&](auto width) {
+          attend_tiles<width.count>(p, shape, scratch, pack, b, i, h, query, queries);
+        });
       });
 }
 #endif

@@ -198,45 +198,6 @@ def test_out_is_refused_where_a_gradient_is_needed(name, generator):
         function(*(x.detach() for x in tensors), extra, out=out[:, :2])
 
 
-def workspace_sizes(call):
-    sizes = []
-    original = _native.workspace
-
-    def record(size):
-        sizes.append(size)
-        return original(size)
-
-    _native.workspace = record
-    try:
-        call()
-    finally:
-        _native.workspace = original
-    return sizes
-
-
-def test_workspaces_follow_the_formulas_of_the_readmes(generator):
-    T, (Hg, Wg), H, D, L, threads = 4, (16, 20), 4, 40, 3, 2
-    P = Hg * Wg
-    lanes, keys = 64, 192
-    leaves = [torch.randn(1, T, P, H, D, generator=generator).requires_grad_() for _ in range(3)]
-    trajectories = testing.random_trajectories(1, T, T, L, (Hg, Wg), generator)
-    usable = testing.instruction_sets()
-    with testing.threads(threads), testing.instruction_set("avx512" if "avx512" in usable else usable[-1]):
-        if not _native.module().isa().startswith("avx512"):
-            lanes = {"avx2": 16, "portable": 8}[_native.module().isa()]
-        forward, backward = [], []
-        for function, extra in ((zk.cross_frame_attention, zk.neighbors(T)), (zk.trajectory_attention, trajectories)):
-            outs = []
-            forward += workspace_sizes(lambda f=function, e=extra, o=outs: o.append(f(*leaves, e)))
-            backward += workspace_sizes(lambda o=outs: torch.autograd.grad(o[0].sum(), leaves))
-    slack = 1024 * threads
-    tile = min(64, P) * L * H
-    assert forward[0] <= threads * 4 * (2 * D * lanes + keys * lanes) + slack
-    assert forward[1] <= threads * (4 * tile + 96 * L) + slack
-    assert backward[0] <= 8 * T * P * H + threads * 4 * (4 * D * lanes + 2 * keys * lanes) + 12 * T * 4 + slack
-    assert backward[1] <= 8 * T * L * P * H + threads * (8 * tile + 8 * H * D + 96 * L) + slack
-
-
 def test_offsets_beyond_two_to_the_31(generator):
     # Frames lie 2^29 elements apart in untouched (never committed) memory, so the last one is at 5 * 2^29.
     T, P, H, D, gap = 6, 9, 2, 16, 2**29

@@ -15,9 +15,14 @@ import zsvr_kernels as zk
 from zsvr_kernels import _native, testing
 
 LANES = {"portable": 8, "avx2": 16}  # every AVX-512 level: 64
-THREADS, KEYS, T, H, D, L = 3, 192, 4, 3, 40, 3
+THREADS, KEYS, T, H, D, L = 3, 96, 4, 3, 40, 3
 GRID = (16, 20)
 P = GRID[0] * GRID[1]
+
+
+def up(size, unit):
+    """Return ``size`` rounded up to a multiple of ``unit``."""
+    return -(-size // unit) * unit
 
 
 def bytes_asked_for(call):
@@ -39,15 +44,16 @@ def test_workspaces_stay_below_the_formulas(isa, dtype, generator):
     q, k, v = (torch.randn(2, T, P, H, D, generator=generator).to(dtype).requires_grad_() for _ in range(3))
     trajectories = testing.random_trajectories(1, T, T, L, GRID, generator)
     lanes = LANES.get(isa, 64)
-    converted = 0 if dtype == torch.float32 else 4 * KEYS * D
-    forward = 4 * (2 * D * lanes + KEYS * lanes) + converted
+    span, panel = min(up(P, lanes), 256), up(D, 16) + (16 if up(D, 16) % 32 == 0 else 0)
+    packed = 0
+    forward = 4 * (2 * D * span + 2 * span + KEYS * lanes + 2 * KEYS * panel)
     if isa == "amx" and dtype == torch.bfloat16:
-        packed = 2 * 2 * T * H * D * (-(-P // 32) * 32)
-        forward = max(forward, 2 * D * 64 + 4 * D * 64 + 8 * KEYS * 64 + packed)
-    backward = 4 * (4 * D * lanes + 2 * KEYS * lanes) + 2 * converted
+        forward = 4 * 128 * 64 + 384 * up(D, 32) + 256 * up(D, 16)
+        packed = 2 * 2 * T * H * up(D, 16) * up(P, 32)
+    backward = 4 * (4 * D * span + 2 * KEYS * lanes + 2 * KEYS * panel)
     tile = 64 * L * H
     expected = {
-        "cross": (THREADS * forward, 8 * 2 * T * P * H + THREADS * backward),
+        "cross": (packed + THREADS * forward, 8 * 2 * T * P * H + THREADS * backward),
         "trajectory": (
             THREADS * (4 * tile + 64 * L),
             8 * T * L * P * H + THREADS * (8 * tile + 8 * H * D + 64 * L),

@@ -1,10 +1,11 @@
 // The two matrix products of attention on a CPU, with one operand in SIMD lanes and the other as scalars.
 //
-// A packed operand is [D, kLanes] float32: channel-major, one query (or key) per lane. The other operand is
-// a list of row pointers, read in place as broadcasts, so any strides do and frame borders inside a block of
-// rows cost nothing:
-//   score_block:       s[n][lane]  = rows[n] . packed[:, lane]               rows in groups of kRows
-//   accumulate_block:  o[c][lane] (+)= sum_n rows[n][c] * s[n][lane]         channels in groups of kRows
+// A packed operand is [D, kLanes] float32: channel-major, one query (or key) per lane. The other operand is a
+// panel: float32 rows read as broadcasts, copied from tokens of any strides and storage type:
+//   score_block:       s[n][lane]  = panel[n] . packed[:, lane]              rows in groups of kRows
+//   accumulate_block:  o[c][lane] (+)= sum_n panel[n][c] * s[n][lane]        channels in groups of kRows
+// The copy pays where several packed operands meet one panel: tokens of one head are a power of two apart, so
+// in place they share a few cache sets, miss the first-level cache always and the second-level cache often.
 // kRows x kVectors accumulators fill the register file: 6 x 4 of 32 on AVX-512, 6 x 2 of 16 on AVX2.
 #pragma once
 
@@ -100,26 +101,38 @@ static void unpack_transposed(const float* packed, const float* factors, int cou
   }
 }
 
-// ---- rows as float32 ----------------------------------------------------------------------------
+// ---- panels -------------------------------------------------------------------------------------
 
-// Makes rows[n] point at float32 values of the given storage rows: in place for float32, else converted into
-// scratch [count, D].
-ZSVR_INLINE void float_rows(const float* const* source, int count, int, float*,
-                            const float** rows) {
-  for (int n = 0; n < count; ++n) rows[n] = source[n];
-}
+// Floats between rows of a panel: an odd number of cache lines, so that equal channels use all cache sets.
+ZSVR_INLINE int64_t panel_stride(int64_t D) { return ((D + 15) / 16 | 1) * 16; }
 
+// panel[n][c] = source[n * stride + c] for n < count.
 template <class Scalar>
-static void float_rows(const Scalar* const* source, int count, int D, float* scratch,
-                       const float** rows) {
-  for (int n = 0; n < count; ++n) {
-    float* row = scratch + static_cast<int64_t>(n) * D;
+static void copy_rows(const Scalar* source, int64_t stride, int count, int D, float* panel) {
+  const int64_t panel_row = panel_stride(D);
+  for (int n = 0; n < count; ++n, source += stride, panel += panel_row) {
     int c = 0;
-    for (; c + kWidth <= D; c += kWidth) store(row + c, load(source[n] + c));
-    if (c < D) store_first(row + c, load_first(source[n] + c, D - c), D - c);
-    rows[n] = row;
+    for (; c + kWidth <= D; c += kWidth) store(panel + c, load(source + c));
+    if (c < D) store_first(panel + c, load_first(source + c, D - c), D - c);
   }
 }
+
+// Rows that will be copied next; asking for their lines is spread over the products that run meanwhile.
+struct RowsAhead {
+  const char *a = nullptr, *b = nullptr;  // two operands
+  int64_t stride_a = 0, stride_b = 0;     // bytes
+  int64_t width = 0;                      // bytes of a row
+  int count = 0;
+
+  ZSVR_INLINE void ask(int rows) {
+    for (; rows > 0 && count > 0; --rows, --count, a += stride_a, b += stride_b) {
+      for (int64_t c = 0; c < width; c += 64) {
+        __builtin_prefetch(a + c, 0, 2);
+        __builtin_prefetch(b + c, 0, 2);
+      }
+    }
+  }
+};
 
 // ---- scores -------------------------------------------------------------------------------------
 
@@ -127,11 +140,10 @@ static void float_rows(const Scalar* const* source, int count, int D, float* scr
 inline constexpr int kChain = 64;
 
 template <int kCount, int kVec>
-ZSVR_INLINE void score_rows(const float* const* rows, const float* packed, int D, float* s,
-                            Vec* peak) {
+ZSVR_INLINE void score_rows(const float* panel, const float* packed, int D, float* s, Vec* peak) {
   const float* row[kCount];
 #pragma GCC unroll 8
-  for (int r = 0; r < kCount; ++r) row[r] = rows[r];
+  for (int r = 0; r < kCount; ++r) row[r] = panel + r * panel_stride(D);
   for (int begin = 0; begin < D; begin += kChain) {
     const int end = begin + kChain < D ? begin + kChain : D;
     Vec sum[kCount][kVec];
@@ -165,26 +177,30 @@ ZSVR_INLINE void score_rows(const float* const* rows, const float* packed, int D
   }
 }
 
-// s[n][lane] = rows[n] . packed[:, lane] for n < count; peak[v], if given, is raised to the largest.
+// s[n][lane] = panel[n] . packed[:, lane] for n < count; peak[v], if given, is raised to the largest.
 template <int kVec>
-static void score_block(const float* const* rows, int count, const float* packed, int D, float* s,
-                        Vec* peak) {
+static void score_block(const float* panel, int count, const float* packed, int D, float* s,
+                        Vec* peak, RowsAhead& ahead) {
+  const int64_t stride = panel_stride(D);
   int n = 0;
   for (; n + kRows <= count; n += kRows) {
-    score_rows<kRows, kVec>(rows + n, packed, D, s + n * kLanes, peak);
+    ahead.ask(2);
+    score_rows<kRows, kVec>(panel + n * stride, packed, D, s + n * kLanes, peak);
   }
   switch (count - n) {
     case 1:
-      return score_rows<1, kVec>(rows + n, packed, D, s + n * kLanes, peak);
+      return score_rows<1, kVec>(panel + n * stride, packed, D, s + n * kLanes, peak);
     case 2:
-      return score_rows<2, kVec>(rows + n, packed, D, s + n * kLanes, peak);
+      return score_rows<2, kVec>(panel + n * stride, packed, D, s + n * kLanes, peak);
     case 3:
-      return score_rows<3, kVec>(rows + n, packed, D, s + n * kLanes, peak);
+      return score_rows<3, kVec>(panel + n * stride, packed, D, s + n * kLanes, peak);
     case 4:
-      if constexpr (kRows > 4) score_rows<4, kVec>(rows + n, packed, D, s + n * kLanes, peak);
+      if constexpr (kRows > 4)
+        score_rows<4, kVec>(panel + n * stride, packed, D, s + n * kLanes, peak);
       return;
     case 5:
-      if constexpr (kRows > 5) score_rows<5, kVec>(rows + n, packed, D, s + n * kLanes, peak);
+      if constexpr (kRows > 5)
+        score_rows<5, kVec>(panel + n * stride, packed, D, s + n * kLanes, peak);
       return;
     default:
       return;
@@ -196,9 +212,10 @@ static void score_block(const float* const* rows, int count, const float* packed
 // What happens to the old value of o.
 enum class Keep { kNothing, kAll, kScaled };
 
-template <int kCount, int kVec>
-ZSVR_INLINE void accumulate_channels(const float* const* rows, int count, int c, const float* s,
-                                     Keep keep, const Vec* scale, float* o) {
+template <int kCount, int kVec, Keep kKeep>
+ZSVR_INLINE void accumulate_channels(const float* panel, int64_t stride, int count, int c,
+                                     const float* s, const Vec* scale, float* o) {
+  const float* row = panel + c;
   Vec sum[kCount][kVec];
 #pragma GCC unroll 8
   for (int r = 0; r < kCount; ++r) {
@@ -206,8 +223,7 @@ ZSVR_INLINE void accumulate_channels(const float* const* rows, int count, int c,
     for (int v = 0; v < kVec; ++v) sum[r][v] = zero();
   }
 #pragma GCC unroll 2
-  for (int n = 0; n < count; ++n) {
-    const float* row = rows[n] + c;
+  for (int n = 0; n < count; ++n, row += stride) {
     Vec lane[kVec];
 #pragma GCC unroll 4
     for (int v = 0; v < kVec; ++v) lane[v] = load(s + n * kLanes + v * kWidth);
@@ -223,29 +239,41 @@ ZSVR_INLINE void accumulate_channels(const float* const* rows, int count, int c,
 #pragma GCC unroll 4
     for (int v = 0; v < kVec; ++v) {
       float* target = o + (c + r) * kLanes + v * kWidth;
-      if (keep == Keep::kAll) sum[r][v] = sum[r][v] + load(target);
-      if (keep == Keep::kScaled) sum[r][v] = fma(load(target), scale[v], sum[r][v]);
+      if constexpr (kKeep == Keep::kAll) sum[r][v] = sum[r][v] + load(target);
+      if constexpr (kKeep == Keep::kScaled) sum[r][v] = fma(load(target), scale[v], sum[r][v]);
       store(target, sum[r][v]);
     }
   }
 }
 
-// o[c][lane] = (kept old value) + sum over n < count of rows[n][c] * s[n][lane].
-template <int kVec>
-static void accumulate_block(const float* const* rows, int count, const float* s, int D, Keep keep,
-                             const Vec* scale, float* o) {
+template <int kVec, Keep kKeep>
+static void accumulate_kept(const float* panel, int count, const float* s, int D, const Vec* scale,
+                            float* o) {
+  const int64_t stride = panel_stride(D);
   int c = 0;
   for (; c + kRows <= D; c += kRows) {
-    accumulate_channels<kRows, kVec>(rows, count, c, s, keep, scale, o);
+    accumulate_channels<kRows, kVec, kKeep>(panel, stride, count, c, s, scale, o);
   }
   switch (D - c) {  // D is a multiple of 8, kRows is 6 or 4
     case 2:
-      return accumulate_channels<2, kVec>(rows, count, c, s, keep, scale, o);
+      return accumulate_channels<2, kVec, kKeep>(panel, stride, count, c, s, scale, o);
     case 4:
-      return accumulate_channels<4, kVec>(rows, count, c, s, keep, scale, o);
+      return accumulate_channels<4, kVec, kKeep>(panel, stride, count, c, s, scale, o);
     default:
       return;
   }
+}
+
+// o[c][lane] = (kept old value) + sum over n < count of panel[n][c] * s[n][lane]; scale is for kScaled alone.
+template <int kVec>
+ZSVR_INLINE void accumulate_block(const float* panel, int count, const float* s, int D, Keep keep,
+                                  const Vec* scale, float* o) {
+  if (keep == Keep::kNothing) {
+    return accumulate_kept<kVec, Keep::kNothing>(panel, count, s, D, scale, o);
+  }
+  if (keep == Keep::kScaled)
+    return accumulate_kept<kVec, Keep::kScaled>(panel, count, s, D, scale, o);
+  accumulate_kept<kVec, Keep::kAll>(panel, count, s, D, scale, o);
 }
 
 }  // namespace ZSVR_ISA
