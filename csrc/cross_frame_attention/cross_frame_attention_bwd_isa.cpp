@@ -1,12 +1,12 @@
 // Computes:  dq, dk, dv of cross-frame attention from lse, with P = exp(z - lse), dS = P (dO.v - delta),
 //            delta = dO.o - dlse:  dq = scale dS K,  dk = scale dS^T Q,  dv = P^T dO.
-// Tasks:     1. (clip, query frame) for delta; 2. (clip, head, query frame, span of queries) for dq;
-//            3. (clip, head, source frame, span of keys) for dk and dv, walking the query frames that read the
-//            source (inverse frame table). A task owns every output it writes: no atomics, one order of sums.
-// Tiles:     the owned side in lanes, in blocks [D, kLanes]; the other side in panels of kKeys rows, each of which
-//            meets every block of the span; scores are recomputed in both passes (7 products of P x P x D, not 5).
-// Traffic:   the other side's rows once per span of kSpan sites, outputs once.
-// Numerics:  float32; a row without keys gives zero gradients. A block's arithmetic does not depend on its span.
+// Tasks:     1. (clip, query frame) for delta; then, for a group of heads at a time, rounds of (head, source frame,
+//            span of keys): a round gives every span of queries to at most one task, so a task owns the dk, dv and
+//            dq that it adds to. No atomics, and one order of sums: rounds do not depend on the number of threads.
+// Tiles:     keys in lanes, in blocks [D, kLanes]; queries in panels of kQueries rows; P and dS of a block serve
+//            all of dv, dk and dq: 5 products of P x P x D per pair of frames.
+// Traffic:   q, dO, k, v once per pair of spans; sums of dq, dk, dv in and out once per round.
+// Numerics:  float32, sums too whatever the storage; a row without keys gives zero gradients.
 #include "cross_frame_attention/cross_frame_attention.h"
 #include "cross_frame_attention/key_walk.h"
 #include "zsvr/tile.h"
@@ -17,88 +17,125 @@ namespace {
 
 using Params = CrossFrameAttentionBackwardParams;
 
-// What the tasks share: lse and delta as [B, H, T, P], and the inverse frame table.
+constexpr int64_t kSpan = 256;  // keys, and queries, of a task; part of the order of sums
+constexpr int kQueries = 96;    // rows of a panel
+constexpr int64_t kTasks = 8;   // of a round, per thread at least
+constexpr int64_t kSums =
+    8 << 20;  // bytes of sums that a group of heads may take, if tasks suffice
+
+// How a launch is cut. Heads are counted through all clips.
+struct Plan {
+  int64_t span, spans;    // sites of a task; spans of a frame
+  int64_t heads;          // of a group
+  int64_t q_row;          // floats of a row of dq sums
+  int64_t q_sum, kv_sum;  // floats of the sums of one head: dq; dk or dv
+};
+
+bool wants_scores(const Params& p) { return p.dk.data != nullptr || p.dq.data != nullptr; }
+
+Plan plan_of(const Params& p, int threads) {
+  Plan plan;
+  plan.span = largest_span(p.P, kSpan);
+  plan.spans = (p.P + plan.span - 1) / plan.span;
+  plan.q_row = static_cast<int64_t>(channel_vectors(static_cast<int>(p.D))) * kWidth;
+  plan.q_sum = p.dq.data != nullptr ? p.T * p.P * plan.q_row : 0;
+  plan.kv_sum = p.Tk * plan.spans * plan.span * p.D;
+  const int64_t fields = (p.dk.data != nullptr ? 1 : 0) + (p.dv.data != nullptr ? 1 : 0);
+  const int64_t bytes = 4 * (plan.q_sum + fields * plan.kv_sum);
+  const int64_t frames = p.T < p.Tk ? p.T : p.Tk;
+  const int64_t least = (kTasks * threads + frames * plan.spans - 1) / (frames * plan.spans);
+  plan.heads = bytes > 0 && kSums / bytes > least ? kSums / bytes : least;
+  if (plan.heads > p.B * p.H) plan.heads = p.B * p.H;
+  return plan;
+}
+
+// What the tasks share.
 struct Shared {
-  float* lse;
-  float* delta;
-  int64_t* offsets;  // [Tk + 1]
-  int32_t* readers;  // [T * R] query frames by source frame, in order, repeated as often as listed
+  float *lse, *delta;   // [B, H, T, P]
+  int32_t* columns;     // [R, T] source frames by round, -1 where a row has no more
+  int32_t* first;       // [Tk] the first column that names a source frame, R if none does
+  float *dq, *dk, *dv;  // [heads, T, P, q_row], [heads, Tk, spans, span / kLanes, D, kLanes]
 };
 
-constexpr int64_t kSpan = 256;  // queries or keys of a task
+int64_t field_bytes(const Params& p) { return aligned(p.B * p.H * p.T * p.P * 4); }
 
-// Scratch of one worker; a span is a whole number of blocks of kLanes sites.
-struct Scratch {
-  float *packed_a, *packed_b, *sum_a, *sum_b;  // [span / kLanes, D, kLanes]
-  float *s, *t;                                // [kKeys, kLanes]
-  float *panel_a, *panel_b;                    // [kKeys, panel_stride(D)]
+int64_t shared_bytes(const Params& p, const Plan& plan) {
+  return 2 * field_bytes(p) + aligned(p.R * p.T * 4) + aligned(p.Tk * 4) +
+         aligned(plan.heads * plan.q_sum * 4) +
+         (p.dk.data != nullptr ? aligned(plan.heads * plan.kv_sum * 4) : 0) +
+         (p.dv.data != nullptr ? aligned(plan.heads * plan.kv_sum * 4) : 0);
+}
 
-  // With the part that belongs to the block of kLanes sites at an offset in the span.
-  Scratch block(int64_t D, int64_t offset) const {
-    Scratch result = *this;
-    result.packed_a += offset * D;
-    result.packed_b += offset * D;
-    result.sum_a += offset * D;
-    result.sum_b += offset * D;
+Shared shared_of(const Params& p, const Plan& plan) {
+  char* next = static_cast<char*>(p.workspace);
+  const auto take = [&next](int64_t bytes) {
+    char* result = next;
+    next += aligned(bytes);
     return result;
-  }
-};
-
-int64_t shared_bytes(const Params& p) {
-  return 2 * aligned(p.B * p.H * p.T * p.P * 4) + aligned((p.Tk + 1) * 8) + aligned(p.T * p.R * 4);
-}
-
-int64_t scratch_bytes(const Params& p) {
-  return 4 *
-         (4 * p.D * largest_span(p.P, kSpan) + 2 * kKeys * kLanes + 2 * kKeys * panel_stride(p.D));
-}
-
-Shared shared_of(const Params& p) {
-  char* base = static_cast<char*>(p.workspace);
-  const int64_t field = aligned(p.B * p.H * p.T * p.P * 4);
+  };
   Shared shared;
-  shared.lse = reinterpret_cast<float*>(base);
-  shared.delta = reinterpret_cast<float*>(base + field);
-  shared.offsets = reinterpret_cast<int64_t*>(base + 2 * field);
-  shared.readers = reinterpret_cast<int32_t*>(base + 2 * field + aligned((p.Tk + 1) * 8));
+  shared.lse = reinterpret_cast<float*>(take(field_bytes(p)));
+  shared.delta = reinterpret_cast<float*>(take(field_bytes(p)));
+  shared.columns = reinterpret_cast<int32_t*>(take(p.R * p.T * 4));
+  shared.first = reinterpret_cast<int32_t*>(take(p.Tk * 4));
+  shared.dq = reinterpret_cast<float*>(take(plan.heads * plan.q_sum * 4));
+  const int64_t keys = plan.heads * plan.kv_sum * 4;
+  shared.dk = reinterpret_cast<float*>(take(p.dk.data != nullptr ? keys : 0));
+  shared.dv = reinterpret_cast<float*>(take(p.dv.data != nullptr ? keys : 0));
   return shared;
 }
 
-Scratch scratch_of(const Params& p, int worker) {
-  const int64_t span = largest_span(p.P, kSpan);
-  float* next = reinterpret_cast<float*>(static_cast<char*>(p.workspace) + shared_bytes(p) +
-                                         worker * scratch_bytes(p));
+// Scratch of one worker.
+struct Scratch {
+  float *k, *v;    // [span / kLanes, D, kLanes]
+  float* k_rows;   // [span, panel_stride(D)]
+  float *q, *d_o;  // [kQueries, panel_stride(D)]
+  float *s, *t;    // [kQueries, kLanes]
+};
+
+int64_t scratch_bytes(const Params& p, const Plan& plan) {
+  return 4 * (2 * p.D * plan.span + (plan.span + 2 * kQueries) * panel_stride(p.D) +
+              2 * kQueries * kLanes);
+}
+
+Scratch scratch_of(const Params& p, const Plan& plan, char* base, int worker) {
+  float* next = reinterpret_cast<float*>(base + worker * scratch_bytes(p, plan));
   const auto take = [&next](int64_t count) {
     float* result = next;
     next += count;
     return result;
   };
   Scratch scratch;
-  scratch.packed_a = take(p.D * span);
-  scratch.packed_b = take(p.D * span);
-  scratch.sum_a = take(p.D * span);
-  scratch.sum_b = take(p.D * span);
-  scratch.s = take(kKeys * kLanes);
-  scratch.t = take(kKeys * kLanes);
-  scratch.panel_a = take(kKeys * panel_stride(p.D));
-  scratch.panel_b = take(kKeys * panel_stride(p.D));
+  scratch.k = take(p.D * plan.span);
+  scratch.v = take(p.D * plan.span);
+  scratch.k_rows = take(plan.span * panel_stride(p.D));
+  scratch.q = take(kQueries * panel_stride(p.D));
+  scratch.d_o = take(kQueries * panel_stride(p.D));
+  scratch.s = take(kQueries * kLanes);
+  scratch.t = take(kQueries * kLanes);
   return scratch;
 }
 
-void invert_table(const Params& p, const Shared& shared) {
-  for (int64_t j = 0; j <= p.Tk; ++j) shared.offsets[j] = 0;
-  for (int64_t n = 0; n < p.T * p.R; ++n) {
-    if (p.frames[n] >= 0) ++shared.offsets[p.frames[n] + 1];
-  }
-  for (int64_t j = 0; j < p.Tk; ++j) shared.offsets[j + 1] += shared.offsets[j];
-  // Filling moves each offset to the end of its row, which is the start of the next: shift back after.
-  for (int64_t n = 0; n < p.T * p.R; ++n) {
-    if (p.frames[n] >= 0) {
-      shared.readers[shared.offsets[p.frames[n]]++] = static_cast<int32_t>(n / p.R);
+// Row i in the order (source - i) mod Tk, so that a round meets many source frames even where rows are equal.
+void order_columns(const Params& p, const Shared& shared) {
+  for (int64_t j = 0; j < p.Tk; ++j) shared.first[j] = static_cast<int32_t>(p.R);
+  for (int64_t i = 0; i < p.T; ++i) {
+    int64_t count = 0;
+    const auto distance = [&](int64_t j) { return (j - i % p.Tk + p.Tk) % p.Tk; };
+    for (int64_t r = 0; r < p.R; ++r) {
+      const int32_t j = p.frames[i * p.R + r];
+      if (j < 0) continue;
+      int64_t at = count++;
+      for (; at > 0 && distance(shared.columns[(at - 1) * p.T + i]) > distance(j); --at) {
+        shared.columns[at * p.T + i] = shared.columns[(at - 1) * p.T + i];
+      }
+      shared.columns[at * p.T + i] = j;
     }
+    for (; count < p.R; ++count) shared.columns[count * p.T + i] = -1;
   }
-  for (int64_t j = p.Tk; j > 0; --j) shared.offsets[j] = shared.offsets[j - 1];
-  shared.offsets[0] = 0;
+  for (int64_t n = p.R * p.T - 1; n >= 0; --n) {
+    if (shared.columns[n] >= 0) shared.first[shared.columns[n]] = static_cast<int32_t>(n / p.T);
+  }
 }
 
 template <class Scalar>
@@ -125,188 +162,196 @@ void prepare(const Params& p, const Shared& shared, int64_t b, int64_t i) {
   }
 }
 
-template <class Scalar>
-void write_zeros(const Tokens& target, int64_t b, int64_t t, int64_t h, int64_t site, int count,
-                 int64_t D) {
-  for (int n = 0; n < count; ++n) {
-    Scalar* row = target.at<Scalar>(b, t, site + n, h);
-    for (int64_t c = 0; c < D; ++c) row[c] = from_float<Scalar>(0.0f);
-  }
-}
-
-template <int kVec, class Scalar>
-void write(const float* sum, float factor, int count, const Params& p, const Tokens& target,
-           int64_t b, int64_t t, int64_t h, int64_t site) {
-  float factors[kLanes];
-  for (int n = 0; n < kVec; ++n) store(factors + n * kWidth, broadcast(factor));
-  unpack_transposed(sum, factors, count, kVec, static_cast<int>(p.D),
-                    target.at<Scalar>(b, t, site, h), target.stride_p);
-}
-
-// dq of a block takes in a panel of keys and one of values.
+// P into s, and dS into t where it is wanted, of `count` queries by a block of keys.
 template <int kVec>
-void absorb_keys(const Shared& shared, const Scratch& block, int64_t row, int queries, int count,
-                 int D, Keep keep, RowsAhead& ahead) {
-  Vec lse[kVec], delta[kVec];
-  for (int n = 0; n < kVec; ++n) {
-    const int left = queries - n * kWidth < 0 ? 0 : queries - n * kWidth;
-    lse[n] = load_first(shared.lse + row + n * kWidth, left);
-    delta[n] = load_first(shared.delta + row + n * kWidth, left);
-  }
-  const Vec minus_log2e = broadcast(-kLog2E);
-  score_block<kVec>(block.panel_a, count, block.packed_a, D, block.s, nullptr, ahead);
-  score_block<kVec>(block.panel_b, count, block.packed_b, D, block.t, nullptr, ahead);
-  for (int n = 0; n < count; ++n) {
-#pragma GCC unroll 4
-    for (int w = 0; w < kVec; ++w) {
-      float* s = block.s + n * kLanes + w * kWidth;
-      const Vec dp = load(block.t + n * kLanes + w * kWidth);
-      store(s, exp2(fma(lse[w], minus_log2e, load(s))) * (dp - delta[w]));
-    }
-  }
-  accumulate_block<kVec>(block.panel_a, count, block.s, D, keep, nullptr, block.sum_a);
-}
-
-template <class Scalar>
-void query_gradient(const Params& p, const Shared& shared, const Scratch& scratch, int64_t b,
-                    int64_t i, int64_t h, int64_t query, int queries) {
+void weigh(const Params& p, const Scratch& scratch, const float* k, const float* v,
+           const float* lse, const float* delta, int count) {
   const int D = static_cast<int>(p.D);
-  each_block(scratch, D, query, queries, [&](const Scratch& block, int64_t at, int n, auto width) {
-    pack_transposed(p.q.at<Scalar>(b, i, at, h), p.q.stride_p, n, width.count, D, p.scale * kLog2E,
-                    block.packed_a);
-    pack_transposed(p.d_o.at<Scalar>(b, i, at, h), p.d_o.stride_p, n, width.count, D, 1.0f,
-                    block.packed_b);
-  });
-  const int64_t row = ((b * p.H + h) * p.T + i) * p.P;
-  KeyWalk<Params> walk{p, b, h, p.frames + i * p.R};
-  Keep keep = Keep::kNothing;
-  for (int count; (count = walk.next<Scalar>(scratch.panel_a, scratch.panel_b)) > 0;
-       keep = Keep::kAll) {
-    RowsAhead ahead = walk.template ahead<Scalar>();
-    each_block(scratch, D, query, queries,
-               [&](const Scratch& block, int64_t at, int n, auto width) {
-                 absorb_keys<width.count>(shared, block, row + at, n, count, D, keep, ahead);
-               });
-  }
-  if (keep == Keep::kNothing) return write_zeros<Scalar>(p.dq, b, i, h, query, queries, p.D);
-  each_block(scratch, D, query, queries, [&](const Scratch& block, int64_t at, int n, auto width) {
-    write<width.count, Scalar>(block.sum_a, p.scale, n, p, p.dq, b, i, h, at);
-  });
-}
-
-// dk and dv of a block take in a panel of queries and one of output gradients.
-template <int kVec>
-void absorb_queries(const Params& p, const Shared& shared, const Scratch& block, int64_t row,
-                    int count, int D, Keep keep, RowsAhead& ahead) {
-  const bool wants_dk = p.dk.data != nullptr, wants_dv = p.dv.data != nullptr;
-  const Vec minus_log2e = broadcast(-kLog2E);
-  score_block<kVec>(block.panel_a, count, block.packed_a, D, block.s, nullptr, ahead);
-  if (wants_dk) score_block<kVec>(block.panel_b, count, block.packed_b, D, block.t, nullptr, ahead);
+  const bool scores = wants_scores(p);
+  RowsAhead none;
+  score_block<kVec>(scratch.q, count, k, D, scratch.s, nullptr, none);
+  if (scores) score_block<kVec>(scratch.d_o, count, v, D, scratch.t, nullptr, none);
   for (int n = 0; n < count; ++n) {
-    const Vec lse = broadcast(shared.lse[row + n]);
-    const Vec delta = broadcast(shared.delta[row + n]);
+    const Vec top = broadcast(lse[n] * kLog2E), mean = broadcast(delta[n]);
 #pragma GCC unroll 4
     for (int w = 0; w < kVec; ++w) {
-      float* s = block.s + n * kLanes + w * kWidth;
-      float* t = block.t + n * kLanes + w * kWidth;
-      const Vec probability = exp2(fma(lse, minus_log2e, load(s)));
+      float* s = scratch.s + n * kLanes + w * kWidth;
+      float* t = scratch.t + n * kLanes + w * kWidth;
+      const Vec probability = exp2(load(s) - top);
       store(s, probability);
-      if (wants_dk) store(t, probability * (load(t) - delta));
+      if (scores) store(t, probability * (load(t) - mean));
     }
   }
-  if (wants_dv) {
-    accumulate_block<kVec>(block.panel_b, count, block.s, D, keep, nullptr, block.sum_b);
-  }
-  if (wants_dk) {
-    accumulate_block<kVec>(block.panel_a, count, block.t, D, keep, nullptr, block.sum_a);
-  }
 }
 
-// Queries and output gradients of a frame from a site on.
-template <class Scalar>
-RowsAhead rows_ahead(const Params& p, int64_t b, int64_t i, int64_t h, int64_t site) {
-  if (site >= p.P) return {};
-  const int64_t left = p.P - site, size = sizeof(Scalar);
-  return {reinterpret_cast<const char*>(p.q.at<Scalar>(b, i, site, h)),
-          reinterpret_cast<const char*>(p.d_o.at<Scalar>(b, i, site, h)),
-          p.q.stride_p * size,
-          p.d_o.stride_p * size,
-          p.D * size,
-          static_cast<int>(left < kKeys ? left : kKeys)};
-}
+// One task: the keys of a span of source frame j against one span of queries of every frame that reads j.
+struct Task {
+  int64_t b, h;
+  int64_t j, key;  // source frame, first key
+  int keys;
+  int64_t query;  // first query
+  int queries;
+  const int32_t* column;  // [T]
+  float *dq, *dk, *dv;    // of the head: [T, P, q_row]; of the key span: [span / kLanes, D, kLanes]
+  bool first_of_queries;  // nothing was added to dq yet
+  bool first_of_keys;     // nor to dk and dv
+};
 
 template <class Scalar>
-void key_gradients(const Params& p, const Shared& shared, const Scratch& scratch, int64_t b,
-                   int64_t j, int64_t h, int64_t key, int keys) {
+void differentiate(const Params& p, const Plan& plan, const Shared& shared, const Scratch& scratch,
+                   const Task& task) {
   const int D = static_cast<int>(p.D);
-  const bool wants_dk = p.dk.data != nullptr, wants_dv = p.dv.data != nullptr;
-  if (shared.offsets[j] == shared.offsets[j + 1]) {
-    if (wants_dk) write_zeros<Scalar>(p.dk, b, j, h, key, keys, p.D);
-    if (wants_dv) write_zeros<Scalar>(p.dv, b, j, h, key, keys, p.D);
-    return;
+  const int64_t row = panel_stride(D);
+  const float factor = p.scale * kLog2E;
+  for (int at = 0; at < task.keys; at += kLanes) {
+    const int count = task.keys - at < kLanes ? task.keys - at : kLanes;
+    by_width(count, [&](auto width) {
+      pack_transposed(p.k.at<Scalar>(task.b, task.j, task.key + at, task.h), p.k.stride_p, count,
+                      width.count, D, factor, scratch.k + at * D);
+      pack_transposed(p.v.at<Scalar>(task.b, task.j, task.key + at, task.h), p.v.stride_p, count,
+                      width.count, D, 1.0f, scratch.v + at * D);
+    });
   }
-  each_block(scratch, D, key, keys, [&](const Scratch& block, int64_t at, int n, auto width) {
-    pack_transposed(p.k.at<Scalar>(b, j, at, h), p.k.stride_p, n, width.count, D, p.scale * kLog2E,
-                    block.packed_a);
-    if (!wants_dk) return;
-    pack_transposed(p.v.at<Scalar>(b, j, at, h), p.v.stride_p, n, width.count, D, 1.0f,
-                    block.packed_b);
-  });
-  Keep keep = Keep::kNothing;
-  for (int64_t entry = shared.offsets[j]; entry < shared.offsets[j + 1]; ++entry) {
-    const int64_t i = shared.readers[entry];
-    const int64_t row = ((b * p.H + h) * p.T + i) * p.P;
-    for (int64_t site = 0; site < p.P; site += kKeys, keep = Keep::kAll) {
-      const int count = static_cast<int>(p.P - site < kKeys ? p.P - site : kKeys);
-      copy_rows(p.q.at<Scalar>(b, i, site, h), p.q.stride_p, count, D, scratch.panel_a);
-      copy_rows(p.d_o.at<Scalar>(b, i, site, h), p.d_o.stride_p, count, D, scratch.panel_b);
-      RowsAhead ahead = rows_ahead<Scalar>(p, b, i, h, site + kKeys);
-      each_block(scratch, D, key, keys, [&](const Scratch& block, int64_t, int, auto width) {
-        absorb_queries<width.count>(p, shared, block, row + site, count, D, keep, ahead);
-      });
+  if (task.dq != nullptr) {
+    copy_rows(p.k.at<Scalar>(task.b, task.j, task.key, task.h), p.k.stride_p, task.keys, D,
+              scratch.k_rows);
+  }
+  bool first = task.first_of_keys;
+  for (int64_t i = 0; i < p.T; ++i) {
+    if (task.column[i] != task.j) continue;
+    const int64_t fields = ((task.b * p.H + task.h) * p.T + i) * p.P + task.query;
+    for (int n = 0; n < task.queries; n += kQueries, first = false) {
+      const int count = task.queries - n < kQueries ? task.queries - n : kQueries;
+      copy_rows(p.q.at<Scalar>(task.b, i, task.query + n, task.h), p.q.stride_p, count, D,
+                scratch.q);
+      copy_rows(p.d_o.at<Scalar>(task.b, i, task.query + n, task.h), p.d_o.stride_p, count, D,
+                scratch.d_o);
+      for (int at = 0; at < task.keys; at += kLanes) {
+        const int keys = task.keys - at < kLanes ? task.keys - at : kLanes;
+        by_width(keys, [&](auto width) {
+          constexpr int kVec = width.count;
+          weigh<kVec>(p, scratch, scratch.k + at * D, scratch.v + at * D, shared.lse + fields + n,
+                      shared.delta + fields + n, count);
+          if (task.dv != nullptr) {
+            accumulate_block<kVec, Keep::kAll>(scratch.d_o, count, scratch.s, D, first, nullptr,
+                                               task.dv + at * D);
+          }
+          if (task.dk != nullptr) {
+            accumulate_block<kVec, Keep::kAll>(scratch.q, count, scratch.t, D, first, nullptr,
+                                               task.dk + at * D);
+          }
+        });
+        if (task.dq == nullptr) continue;
+        multiply_block(scratch.t, count, keys, scratch.k_rows + at * row, row, D,
+                       task.first_of_queries && at == 0,
+                       task.dq + (i * p.P + task.query + n) * plan.q_row, plan.q_row);
+      }
     }
   }
-  each_block(scratch, D, key, keys, [&](const Scratch& block, int64_t at, int n, auto width) {
-    if (wants_dk) write<width.count, Scalar>(block.sum_a, p.scale, n, p, p.dk, b, j, h, at);
-    if (wants_dv) write<width.count, Scalar>(block.sum_b, 1.0f, n, p, p.dv, b, j, h, at);
-  });
+}
+
+template <class Scalar>
+void write_queries(const Params& p, const Plan& plan, const float* sums, bool any, int64_t b,
+                   int64_t i, int64_t h) {
+  const Vec scale = broadcast(p.scale);
+  for (int64_t site = 0; site < p.P; ++site) {
+    const float* row = sums + (i * p.P + site) * plan.q_row;
+    Scalar* target = p.dq.at<Scalar>(b, i, site, h);
+    for (int64_t c = 0; c < p.D; c += kWidth) {
+      const int lanes = p.D - c < kWidth ? static_cast<int>(p.D - c) : kWidth;
+      store_first(target + c, any ? load(row + c) * scale : zero(), lanes);
+    }
+  }
+}
+
+template <class Scalar>
+void write_keys(const Params& p, const Plan& plan, const float* sums, float factor, bool any,
+                const Tokens& target, int64_t b, int64_t j, int64_t h) {
+  float factors[kLanes];
+  for (int n = 0; n < kLanes; ++n) factors[n] = factor;
+  const float* packed = sums + j * plan.spans * plan.span * p.D;
+  for (int64_t site = 0; site < p.P; site += kLanes, packed += p.D * kLanes) {
+    const int count = static_cast<int>(p.P - site < kLanes ? p.P - site : kLanes);
+    if (any) {
+      unpack_transposed(packed, factors, count, (count + kWidth - 1) / kWidth,
+                        static_cast<int>(p.D), target.at<Scalar>(b, j, site, h), target.stride_p);
+      continue;
+    }
+    for (int n = 0; n < count; ++n) {
+      for (int64_t c = 0; c < p.D; ++c) {
+        target.at<Scalar>(b, j, site + n, h)[c] = from_float<Scalar>(0.0f);
+      }
+    }
+  }
 }
 
 template <class Scalar>
 void run(const Params& p, const Executor& executor) {
-  const Shared shared = shared_of(p);
-  invert_table(p, shared);
+  const Plan plan = plan_of(p, executor.threads);
+  const Shared shared = shared_of(p, plan);
+  char* scratches = static_cast<char*>(p.workspace) + shared_bytes(p, plan);
+  order_columns(p, shared);
   run_tasks(executor, p.B * p.T,
             [&](int64_t task, int) { prepare<Scalar>(p, shared, task / p.T, task % p.T); });
-  const int64_t shorter = p.T < p.Tk ? p.T : p.Tk;
-  const int64_t span = task_span(p.B * p.H * shorter, p.P, kSpan, executor.threads);
-  const int64_t spans = (p.P + span - 1) / span;
-  const int64_t query_tasks = p.dq.data != nullptr ? p.B * p.H * p.T * spans : 0;
-  const bool wants_keys = p.dk.data != nullptr || p.dv.data != nullptr;
-  const int64_t key_tasks = wants_keys ? p.B * p.H * p.Tk * spans : 0;
-  run_tasks(executor, key_tasks + query_tasks, [&](int64_t task, int worker) {
-    const bool is_key = task < key_tasks;
-    const int64_t frames = is_key ? p.Tk : p.T;
-    const int64_t rest = is_key ? task : task - key_tasks;
-    const int64_t site = rest % spans * span;
-    const int64_t t = rest / spans % frames;
-    const int64_t h = rest / (spans * frames) % p.H;
-    const int64_t b = rest / (spans * frames * p.H);
-    const int count = static_cast<int>(p.P - site < span ? p.P - site : span);
-    const Scratch scratch = scratch_of(p, worker);
-    if (is_key) {
-      key_gradients<Scalar>(p, shared, scratch, b, t, h, site, count);
-    } else {
-      query_gradient<Scalar>(p, shared, scratch, b, t, h, site, count);
+  for (int64_t group = 0; group < p.B * p.H; group += plan.heads) {
+    const int64_t heads = p.B * p.H - group < plan.heads ? p.B * p.H - group : plan.heads;
+    for (int64_t r = 0; r < p.R; ++r) {
+      const int32_t* column = shared.columns + r * p.T;
+      for (int64_t turn = 0; turn < plan.spans; ++turn) {
+        run_tasks(executor, heads * p.Tk * plan.spans, [&](int64_t index, int worker) {
+          const int64_t part = index % plan.spans;
+          const int64_t head = index / plan.spans / p.Tk;
+          Task task;
+          task.j = index / plan.spans % p.Tk;
+          bool read = false;
+          for (int64_t i = 0; i < p.T; ++i) read = read || column[i] == task.j;
+          if (!read) return;
+          task.b = (group + head) / p.H;
+          task.h = (group + head) % p.H;
+          task.key = part * plan.span;
+          task.query = (part + turn) % plan.spans * plan.span;
+          const auto sites = [&](int64_t from) {
+            return static_cast<int>(p.P - from < plan.span ? p.P - from : plan.span);
+          };
+          task.keys = sites(task.key);
+          task.queries = sites(task.query);
+          task.column = column;
+          const int64_t at = head * plan.kv_sum + (task.j * plan.spans + part) * plan.span * p.D;
+          task.dq = p.dq.data != nullptr ? shared.dq + head * plan.q_sum : nullptr;
+          task.dk = p.dk.data != nullptr ? shared.dk + at : nullptr;
+          task.dv = p.dv.data != nullptr ? shared.dv + at : nullptr;
+          task.first_of_queries = r == 0 && turn == 0;
+          task.first_of_keys = r == shared.first[task.j] && turn == 0;
+          differentiate<Scalar>(p, plan, shared, scratch_of(p, plan, scratches, worker), task);
+        });
+      }
     }
-  });
+    run_tasks(executor, heads * (p.T + p.Tk), [&](int64_t index, int) {
+      const int64_t head = index / (p.T + p.Tk), t = index % (p.T + p.Tk);
+      const int64_t b = (group + head) / p.H, h = (group + head) % p.H;
+      if (t < p.T) {
+        if (p.dq.data == nullptr) return;
+        return write_queries<Scalar>(p, plan, shared.dq + head * plan.q_sum, shared.columns[t] >= 0,
+                                     b, t, h);
+      }
+      const int64_t j = t - p.T;
+      const bool any = shared.first[j] < p.R;
+      if (p.dk.data != nullptr) {
+        write_keys<Scalar>(p, plan, shared.dk + head * plan.kv_sum, p.scale, any, p.dk, b, j, h);
+      }
+      if (p.dv.data != nullptr) {
+        write_keys<Scalar>(p, plan, shared.dv + head * plan.kv_sum, 1.0f, any, p.dv, b, j, h);
+      }
+    });
+  }
 }
 
 }  // namespace
 
 int64_t cross_frame_attention_bwd_workspace(const CrossFrameAttentionBackwardParams& params,
                                             int threads) {
-  return shared_bytes(params) + threads * scratch_bytes(params);
+  const Plan plan = plan_of(params, threads);
+  return shared_bytes(params, plan) + threads * scratch_bytes(params, plan);
 }
 
 Status cross_frame_attention_bwd(const CrossFrameAttentionBackwardParams& params,

@@ -105,8 +105,7 @@ void absorb(const Scratch& block, int count, int D, bool first, RowsAhead& ahead
     store(block.sum + n * kWidth, first ? block_sum[n] : fma(sum[n], shrink[n], block_sum[n]));
     store(block.peak + n * kWidth, peak[n]);
   }
-  accumulate_block<kVec>(block.values, count, block.s, D, first ? Keep::kNothing : Keep::kScaled,
-                         shrink, block.o);
+  accumulate_block<kVec, Keep::kScaled>(block.values, count, block.s, D, first, shrink, block.o);
 }
 
 template <class Scalar, int kVec>

@@ -14,7 +14,8 @@ import torch
 import zsvr_kernels as zk
 from zsvr_kernels import _native, testing
 
-LANES = {"portable": 8, "avx2": 16}  # every AVX-512 level: 64
+LANES = {"portable": 8, "avx2": 16}  # of a block; every AVX-512 level: 64
+WIDTH = {"portable": 4, "avx2": 8}  # of a vector; every AVX-512 level: 16
 THREADS, KEYS, T, H, D, L = 3, 96, 4, 3, 40, 3
 GRID = (16, 20)
 P = GRID[0] * GRID[1]
@@ -50,10 +51,14 @@ def test_workspaces_stay_below_the_formulas(isa, dtype, generator):
     if isa == "amx" and dtype == torch.bfloat16:
         forward = 4 * 128 * 64 + 384 * up(D, 32) + 256 * up(D, 16)
         packed = 2 * 2 * T * H * up(D, 16) * up(P, 32)
-    backward = 4 * (4 * D * span + 2 * KEYS * lanes + 2 * KEYS * panel)
+    spans = -(-P // span)
+    per_head = 4 * (T * P * up(D, WIDTH.get(isa, 16)) + 2 * T * spans * span * D)
+    heads = min(2 * H, max(2**23 // per_head, -(-8 * THREADS // (T * spans))))
+    backward = 4 * (2 * D * span + (span + 2 * KEYS) * panel + 2 * KEYS * lanes)
+    shared = 8 * 2 * T * P * H + 4 * 2 * T + 4 * T + heads * per_head
     tile = 64 * L * H
     expected = {
-        "cross": (packed + THREADS * forward, 8 * 2 * T * P * H + THREADS * backward),
+        "cross": (packed + THREADS * forward, shared + THREADS * backward),
         "trajectory": (
             THREADS * (4 * tile + 64 * L),
             8 * T * L * P * H + THREADS * (8 * tile + 8 * H * D + 64 * L),

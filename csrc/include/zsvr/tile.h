@@ -106,14 +106,14 @@ static void unpack_transposed(const float* packed, const float* factors, int cou
 // Floats between rows of a panel: an odd number of cache lines, so that equal channels use all cache sets.
 ZSVR_INLINE int64_t panel_stride(int64_t D) { return ((D + 15) / 16 | 1) * 16; }
 
-// panel[n][c] = source[n * stride + c] for n < count.
+// panel[n][c] = source[n * stride + c] for n < count; 0 behind channel D, up to a whole vector.
 template <class Scalar>
 static void copy_rows(const Scalar* source, int64_t stride, int count, int D, float* panel) {
   const int64_t panel_row = panel_stride(D);
   for (int n = 0; n < count; ++n, source += stride, panel += panel_row) {
     int c = 0;
     for (; c + kWidth <= D; c += kWidth) store(panel + c, load(source + c));
-    if (c < D) store_first(panel + c, load_first(source + c, D - c), D - c);
+    if (c < D) store(panel + c, load_first(source + c, D - c));
   }
 }
 
@@ -264,16 +264,96 @@ static void accumulate_kept(const float* panel, int count, const float* s, int D
   }
 }
 
-// o[c][lane] = (kept old value) + sum over n < count of panel[n][c] * s[n][lane]; scale is for kScaled alone.
-template <int kVec>
-ZSVR_INLINE void accumulate_block(const float* panel, int count, const float* s, int D, Keep keep,
+// o[c][lane] = (kept old value) + sum over n < count of panel[n][c] * s[n][lane]; nothing is kept of the first
+// block, and where a scale is given the old value is multiplied by it.
+template <int kVec, Keep kRest>
+ZSVR_INLINE void accumulate_block(const float* panel, int count, const float* s, int D, bool first,
                                   const Vec* scale, float* o) {
-  if (keep == Keep::kNothing) {
-    return accumulate_kept<kVec, Keep::kNothing>(panel, count, s, D, scale, o);
+  if (first) {
+    accumulate_kept<kVec, Keep::kNothing>(panel, count, s, D, nullptr, o);
+  } else {
+    accumulate_kept<kVec, kRest>(panel, count, s, D, scale, o);
   }
-  if (keep == Keep::kScaled)
-    return accumulate_kept<kVec, Keep::kScaled>(panel, count, s, D, scale, o);
-  accumulate_kept<kVec, Keep::kAll>(panel, count, s, D, scale, o);
+}
+
+// ---- products with channels in lanes ------------------------------------------------------------
+
+// Vectors that hold D channels.
+ZSVR_INLINE int channel_vectors(int D) { return (D + kWidth - 1) / kWidth; }
+
+template <int kCount, int kVec>
+ZSVR_INLINE void multiply_rows(const float* s, int keys, const float* panel, int64_t stride,
+                               bool first, float* out, int64_t out_stride) {
+  Vec sum[kCount][kVec];
+#pragma GCC unroll 8
+  for (int r = 0; r < kCount; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVec; ++v) sum[r][v] = zero();
+  }
+#pragma GCC unroll 2
+  for (int n = 0; n < keys; ++n, panel += stride) {
+    Vec lane[kVec];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVec; ++v) lane[v] = load(panel + v * kWidth);
+#pragma GCC unroll 8
+    for (int r = 0; r < kCount; ++r) {
+      const Vec x = broadcast(s[r * kLanes + n]);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVec; ++v) sum[r][v] = fma(x, lane[v], sum[r][v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kCount; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVec; ++v) {
+      float* target = out + r * out_stride + v * kWidth;
+      store(target, first ? sum[r][v] : sum[r][v] + load(target));
+    }
+  }
+}
+
+template <int kVec>
+static void multiply_columns(const float* s, int count, int keys, const float* panel,
+                             int64_t stride, bool first, float* out, int64_t out_stride) {
+  int n = 0;
+  for (; n + kRows <= count; n += kRows) {
+    multiply_rows<kRows, kVec>(s + n * kLanes, keys, panel, stride, first, out + n * out_stride,
+                               out_stride);
+  }
+  for (; n + 2 <= count; n += 2) {
+    multiply_rows<2, kVec>(s + n * kLanes, keys, panel, stride, first, out + n * out_stride,
+                           out_stride);
+  }
+  if (n < count) {
+    multiply_rows<1, kVec>(s + n * kLanes, keys, panel, stride, first, out + n * out_stride,
+                           out_stride);
+  }
+}
+
+// out[n][c] = (old value unless first) + sum over k < keys of s[n][k] * panel[k][c], for n < count and c up to
+// whole vectors of channels. s has rows of kLanes.
+[[maybe_unused]] static void multiply_block(const float* s, int count, int keys, const float* panel, int64_t stride,
+                           int D, bool first, float* out, int64_t out_stride) {
+  const int vectors = channel_vectors(D);
+  int v = 0;
+  for (; v + kVectors <= vectors; v += kVectors) {
+    multiply_columns<kVectors>(s, count, keys, panel + v * kWidth, stride, first, out + v * kWidth,
+                               out_stride);
+  }
+  if constexpr (kVectors > 2) {
+    if (vectors - v == 3) {
+      return multiply_columns<3>(s, count, keys, panel + v * kWidth, stride, first,
+                                 out + v * kWidth, out_stride);
+    }
+    if (vectors - v == 2) {
+      return multiply_columns<2>(s, count, keys, panel + v * kWidth, stride, first,
+                                 out + v * kWidth, out_stride);
+    }
+  }
+  if (vectors - v == 1) {
+    multiply_columns<1>(s, count, keys, panel + v * kWidth, stride, first, out + v * kWidth,
+                        out_stride);
+  }
 }
 
 }  // namespace ZSVR_ISA
