@@ -332,8 +332,9 @@ static void multiply_columns(const float* s, int count, int keys, const float* p
 
 // out[n][c] = (old value unless first) + sum over k < keys of s[n][k] * panel[k][c], for n < count and c up to
 // whole vectors of channels. s has rows of kLanes.
-[[maybe_unused]] static void multiply_block(const float* s, int count, int keys, const float* panel, int64_t stride,
-                           int D, bool first, float* out, int64_t out_stride) {
+[[maybe_unused]] static void multiply_block(const float* s, int count, int keys, const float* panel,
+                                            int64_t stride, int D, bool first, float* out,
+                                            int64_t out_stride) {
   const int vectors = channel_vectors(D);
   int v = 0;
   for (; v + kVectors <= vectors; v += kVectors) {
