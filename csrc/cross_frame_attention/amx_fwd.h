@@ -22,7 +22,6 @@ namespace {
 
 constexpr int kGroupKeys = 32;
 constexpr int kGroups = 4;
-constexpr float kSlack = 8.0f;
 
 struct TileShape {
   int pieces;      // of 32 channels, of a row of q or k
@@ -65,12 +64,6 @@ int64_t tile_workspace(const CrossFrameAttentionParams& p, int threads) {
   return threads * tile_scratch_bytes(shape) + p.B * p.Tk * p.H * shape.pack_frame() * 2;
 }
 
-// The first `count` of 16 bf16 values, in the low halves of 32-bit lanes.
-ZSVR_INLINE __m512i low_halves(const BFloat16* pointer, int count) {
-  const __mmask16 mask = static_cast<__mmask16>((1u << count) - 1u);
-  return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, pointer));
-}
-
 // V of one (clip, key frame, head) as tiles of 16 channels by 32 keys.
 void pack_values(const CrossFrameAttentionParams& p, const TileShape& shape, int64_t b, int64_t j,
                  int64_t h, uint16_t* target) {
@@ -80,46 +73,15 @@ void pack_values(const CrossFrameAttentionParams& p, const TileShape& shape, int
     const int keys = static_cast<int>(p.P - site < kGroupKeys ? p.P - site : kGroupKeys);
     const BFloat16* v = p.v.at<BFloat16>(b, j, site, h);
     for (int c = 0; c < D; c += 16, target += 512) {
-      const int channels = D - c < 16 ? D - c : 16;
       Vec rows[kWidth];
 #pragma GCC unroll 16
       for (int n = 0; n < 16; ++n) {
         const BFloat16* even = v + 2 * n * p.v.stride_p + c;
-        __m512i pair = _mm512_setzero_si512();
-        if (2 * n < keys) pair = low_halves(even, channels);
-        if (2 * n + 1 < keys) {
-          pair = _mm512_or_si512(pair,
-                                 _mm512_slli_epi32(low_halves(even + p.v.stride_p, channels), 16));
-        }
-        rows[n] = (Vec)pair;
+        const BFloat16* odd = 2 * n + 1 < keys ? even + p.v.stride_p : nullptr;
+        rows[n] = (Vec)interleave_rows(2 * n < keys ? even : nullptr, odd, D - c);
       }
       transpose(rows);
       for (int n = 0; n < 16; ++n) _mm512_storeu_si512(target + n * 32, (__m512i)rows[n]);
-    }
-  }
-}
-
-// Queries as pairs of channels, one query per lane; `flip` changes their sign.
-void pack_queries(const BFloat16* source, int64_t stride, int count, int vectors, int D, int pieces,
-                  bool flip, uint32_t* target) {
-  const __m512i sign = _mm512_set1_epi32(flip ? static_cast<int>(0x80008000u) : 0);
-  for (int t = 0; t < vectors; ++t) {
-    for (int piece = 0; piece < pieces; ++piece) {
-      const int channels = D - piece * 32 < 32 ? D - piece * 32 : 32;
-      const __mmask32 mask = channels == 32 ? ~0u : (1u << channels) - 1u;
-      Vec rows[kWidth];
-#pragma GCC unroll 16
-      for (int n = 0; n < 16; ++n) {
-        const int query = t * 16 + n;
-        __m512i row = _mm512_setzero_si512();
-        if (query < count)
-          row = _mm512_maskz_loadu_epi16(mask, source + query * stride + piece * 32);
-        rows[n] = (Vec)_mm512_xor_si512(row, sign);
-      }
-      transpose(rows);
-      for (int n = 0; n < 16; ++n) {
-        _mm512_storeu_si512(target + (piece * 16 + n) * kLanes + t * 16, (__m512i)rows[n]);
-      }
     }
   }
 }
@@ -216,42 +178,6 @@ ZSVR_INLINE void largest_scores(const float* s, const KeyGroup* groups, int coun
   for (int t = 0; t < kVec; ++t) result[t] = largest[t];
 }
 
-// p := exp2(scale s - peak), pairs of rounded keys in place of s; adds the unrounded p to sum.
-template <int kVec>
-ZSVR_INLINE void exponentiate_pairs(float* scores, const KeyGroup* groups, int count, Vec scale,
-                                    const Vec* peak, Vec* sum) {
-  Vec block_sum[kVec], top[kVec];
-#pragma GCC unroll 4
-  for (int t = 0; t < kVec; ++t) {
-    block_sum[t] = zero();
-    top[t] = peak[t];
-  }
-  for (int g = 0; g < count; ++g) {
-    const float* s = scores + g * kGroupKeys * kLanes;
-    uint32_t* pairs = reinterpret_cast<uint32_t*>(scores) + g * 16 * kLanes;
-    const int keys = groups[g].keys;
-    int n = 0;
-    for (; n + 2 <= keys; n += 2, s += 2 * kLanes, pairs += kLanes) {
-#pragma GCC unroll 4
-      for (int t = 0; t < kVec; ++t) {
-        const Vec low = exp2_for_bf16(load(s + t * 16) * scale - top[t]);
-        const Vec high = exp2_for_bf16(load(s + kLanes + t * 16) * scale - top[t]);
-        block_sum[t] = block_sum[t] + (low + high);
-        _mm512_storeu_si512(pairs + t * 16, round_pairs(low, high));
-      }
-    }
-    for (; n < kGroupKeys; n += 2, s += 2 * kLanes, pairs += kLanes) {
-      for (int t = 0; t < kVec; ++t) {
-        const Vec low = n < keys ? exp2_for_bf16(load(s + t * 16) * scale - top[t]) : zero();
-        block_sum[t] = block_sum[t] + low;
-        _mm512_storeu_si512(pairs + t * 16, round_pairs(low, zero()));
-      }
-    }
-  }
-#pragma GCC unroll 4
-  for (int t = 0; t < kVec; ++t) sum[t] = sum[t] + block_sum[t];
-}
-
 template <int kVec>
 void attend_tiles(const CrossFrameAttentionParams& p, const TileShape& shape,
                   const TileScratch& scratch, const uint16_t* pack, int64_t b, int64_t i, int64_t h,
@@ -259,8 +185,8 @@ void attend_tiles(const CrossFrameAttentionParams& p, const TileShape& shape,
   const TileScope tiles;
   const int D = static_cast<int>(p.D);
   const Vec scale = broadcast(__builtin_fabsf(p.scale) * kLog2E);
-  pack_queries(p.q.at<BFloat16>(b, i, query, h), p.q.stride_p, queries, kVec, D, shape.pieces,
-               p.scale < 0.0f, scratch.q);
+  pack_channel_pairs(p.q.at<BFloat16>(b, i, query, h), p.q.stride_p, queries, kVec, D,
+                     p.scale < 0.0f, scratch.q);
   Vec peak[kVec], sum[kVec];
   for (int t = 0; t < kVec; ++t) {
     peak[t] = broadcast(-__builtin_inff());
@@ -277,26 +203,23 @@ void attend_tiles(const CrossFrameAttentionParams& p, const TileShape& shape,
     }
     Vec largest[kVec];
     largest_scores<kVec>(scratch.s, groups, count, largest);
-    bool grown = false;
-    for (int t = 0; t < kVec; ++t) {
-      largest[t] = largest[t] * scale;
-      grown = grown || _mm512_cmp_ps_mask((__m512)largest[t], (__m512)(peak[t] + broadcast(kSlack)),
-                                          _CMP_GT_OQ) != 0;
-    }
-    if (grown) {
+    Vec shrink[kVec], added[kVec];
+    if (raise_peaks<kVec>(largest, scale, peak, shrink) && !first) {
       for (int t = 0; t < kVec; ++t) {
-        const Vec raised = max(largest[t], peak[t]);
-        const Vec shrink = exp2(peak[t] - raised);
-        peak[t] = raised;
-        if (first) continue;
-        sum[t] = sum[t] * shrink;
+        sum[t] = sum[t] * shrink[t];
         for (int c = 0; c < D; ++c) {
           float* o = scratch.o + c * kLanes + t * 16;
-          store(o, load(o) * shrink);
+          store(o, load(o) * shrink[t]);
         }
       }
     }
-    exponentiate_pairs<kVec>(scratch.s, groups, count, scale, peak, sum);
+    for (int t = 0; t < kVec; ++t) added[t] = zero();
+    for (int g = 0; g < count; ++g) {
+      exponentiate_pairs<kVec>(scratch.s + g * kGroupKeys * kLanes, groups[g].keys, kGroupKeys,
+                               scale, peak, added,
+                               reinterpret_cast<uint32_t*>(scratch.s) + g * 16 * kLanes);
+    }
+    for (int t = 0; t < kVec; ++t) sum[t] = sum[t] + added[t];
     finish_stores();
     for (int band = 0; band < shape.bands; ++band) {
       float* o = scratch.o + band * 16 * kLanes;

@@ -8,6 +8,7 @@
 #include <cmath>
 
 #include "cross_frame_attention/amx_fwd.h"
+#include "cross_frame_attention/bf16_fwd.h"
 #include "cross_frame_attention/cross_frame_attention.h"
 #include "cross_frame_attention/key_walk.h"
 #include "zsvr/tile.h"
@@ -21,16 +22,36 @@ const float kNegativeInfinity = -__builtin_inff();
 constexpr int64_t kSpan = 256;  // queries of a task
 
 // Scratch of one worker; a span is a whole number of blocks of kLanes queries.
-struct Scratch {
+struct FloatScratch {
   float* packed;         // [span / kLanes, D, kLanes]
   float* o;              // [span / kLanes, D, kLanes]
   float *peak, *sum;     // [span]
   float* s;              // [kKeys, kLanes]
   float *keys, *values;  // [kKeys, panel_stride(D)]
 
+  static int64_t bytes(const CrossFrameAttentionParams& p, int64_t span) {
+    return 4 * (2 * p.D * span + 2 * span + kKeys * kLanes + 2 * kKeys * panel_stride(p.D));
+  }
+
+  FloatScratch(const CrossFrameAttentionParams& p, int64_t span, char* base) {
+    float* next = reinterpret_cast<float*>(base);
+    const auto take = [&next](int64_t count) {
+      float* result = next;
+      next += count;
+      return result;
+    };
+    packed = take(p.D * span);
+    o = take(p.D * span);
+    peak = take(span);
+    sum = take(span);
+    s = take(kKeys * kLanes);
+    keys = take(kKeys * panel_stride(p.D));
+    values = take(kKeys * panel_stride(p.D));
+  }
+
   // With the part that belongs to the block of kLanes queries at an offset in the span.
-  Scratch block(int64_t D, int64_t offset) const {
-    Scratch result = *this;
+  FloatScratch block(int64_t D, int64_t offset) const {
+    FloatScratch result = *this;
     result.packed += offset * D;
     result.o += offset * D;
     result.peak += offset;
@@ -38,31 +59,6 @@ struct Scratch {
     return result;
   }
 };
-
-int64_t scratch_bytes(const CrossFrameAttentionParams& p) {
-  const int64_t span = largest_span(p.P, kSpan);
-  return 4 * (2 * p.D * span + 2 * span + kKeys * kLanes + 2 * kKeys * panel_stride(p.D));
-}
-
-Scratch scratch_of(const CrossFrameAttentionParams& p, int worker) {
-  const int64_t span = largest_span(p.P, kSpan);
-  float* next =
-      reinterpret_cast<float*>(static_cast<char*>(p.workspace) + worker * scratch_bytes(p));
-  const auto take = [&next](int64_t count) {
-    float* result = next;
-    next += count;
-    return result;
-  };
-  Scratch scratch;
-  scratch.packed = take(p.D * span);
-  scratch.o = take(p.D * span);
-  scratch.peak = take(span);
-  scratch.sum = take(span);
-  scratch.s = take(kKeys * kLanes);
-  scratch.keys = take(kKeys * panel_stride(p.D));
-  scratch.values = take(kKeys * panel_stride(p.D));
-  return scratch;
-}
 
 // s := exp2(s - peak); adds the rows to sum, in order.
 template <int kVec>
@@ -78,20 +74,24 @@ void exponentiate(float* s, int count, const Vec* peak, Vec* sum) {
   }
 }
 
-template <class Scalar, int kVec>
-void begin(const CrossFrameAttentionParams& p, const Scratch& block, int64_t b, int64_t i,
-           int64_t h, int64_t query, int queries) {
-  pack_transposed(p.q.at<Scalar>(b, i, query, h), p.q.stride_p, queries, kVec,
-                  static_cast<int>(p.D), p.scale * kLog2E, block.packed);
-  for (int n = 0; n < kVec; ++n) {
-    store(block.peak + n * kWidth, broadcast(kNegativeInfinity));
-    store(block.sum + n * kWidth, zero());
-  }
+template <class Scalar>
+void pack_block(const CrossFrameAttentionParams& p, const FloatScratch& block, const Scalar* q,
+                int queries, int vectors) {
+  pack_transposed(q, p.q.stride_p, queries, vectors, static_cast<int>(p.D), p.scale * kLog2E,
+                  block.packed);
+}
+
+// Fills the panels; returns the number of keys.
+template <class Scalar>
+int next_panel(const FloatScratch& scratch, KeyWalk<CrossFrameAttentionParams>& walk) {
+  return walk.template next<Scalar>(scratch.keys, scratch.values);
 }
 
 // Takes the keys of a panel into a block's peak, sum and o.
 template <int kVec>
-void absorb(const Scratch& block, int count, int D, bool first, RowsAhead& ahead) {
+void absorb(const CrossFrameAttentionParams& p, const FloatScratch& block, int count, bool first,
+            RowsAhead& ahead) {
+  const int D = static_cast<int>(p.D);
   Vec peak[kVec], sum[kVec], shrink[kVec], block_sum[kVec];
   for (int n = 0; n < kVec; ++n) peak[n] = load(block.peak + n * kWidth);
   score_block<kVec>(block.keys, count, block.packed, D, block.s, peak, ahead);
@@ -108,9 +108,9 @@ void absorb(const Scratch& block, int count, int D, bool first, RowsAhead& ahead
   accumulate_block<kVec, Keep::kScaled>(block.values, count, block.s, D, first, shrink, block.o);
 }
 
-template <class Scalar, int kVec>
-void finish(const CrossFrameAttentionParams& p, const Scratch& block, int64_t b, int64_t i,
-            int64_t h, int64_t query, int queries) {
+template <class Scalar, int kVec, class Block>
+void finish(const CrossFrameAttentionParams& p, const Block& block, int64_t b, int64_t i, int64_t h,
+            int64_t query, int queries) {
   float inverse[kLanes];
   for (int n = 0; n < kVec; ++n) {
     store(inverse + n * kWidth, broadcast(1.0f) / load(block.sum + n * kWidth));
@@ -123,20 +123,23 @@ void finish(const CrossFrameAttentionParams& p, const Scratch& block, int64_t b,
   }
 }
 
-template <class Scalar>
+template <class Scalar, class Scratch>
 void attend(const CrossFrameAttentionParams& p, const Scratch& scratch, int64_t b, int64_t i,
             int64_t h, int64_t query, int queries) {
-  const int D = static_cast<int>(p.D);
   each_block(scratch, p.D, query, queries,
              [&](const Scratch& block, int64_t at, int count, auto width) {
-               begin<Scalar, width.count>(p, block, b, i, h, at, count);
+               pack_block<Scalar>(p, block, p.q.at<Scalar>(b, i, at, h), count, width.count);
+               for (int n = 0; n < width.count; ++n) {
+                 store(block.peak + n * kWidth, broadcast(kNegativeInfinity));
+                 store(block.sum + n * kWidth, zero());
+               }
              });
   KeyWalk<CrossFrameAttentionParams> walk{p, b, h, p.frames + i * p.R};
   bool first = true;
-  for (int keys; (keys = walk.next<Scalar>(scratch.keys, scratch.values)) > 0; first = false) {
+  for (int keys; (keys = next_panel<Scalar>(scratch, walk)) > 0; first = false) {
     RowsAhead ahead = walk.template ahead<Scalar>();
     each_block(scratch, p.D, query, queries, [&](const Scratch& block, int64_t, int, auto width) {
-      absorb<width.count>(block, keys, D, first, ahead);
+      absorb<width.count>(p, block, keys, first, ahead);
     });
   }
   each_block(scratch, p.D, query, queries,
@@ -175,12 +178,19 @@ void for_query_spans(const CrossFrameAttentionParams& p, const Executor& executo
   });
 }
 
-template <class Scalar>
+template <class Scratch>
+int64_t workspace(const CrossFrameAttentionParams& p, int threads) {
+  return threads * Scratch::bytes(p, largest_span(p.P, kSpan));
+}
+
+template <class Scalar, class Scratch>
 void run(const CrossFrameAttentionParams& p, const Executor& executor) {
+  const int64_t span = largest_span(p.P, kSpan);
   for_query_spans<Scalar>(
       p, executor, kSpan,
       [&](int64_t b, int64_t h, int64_t i, int64_t query, int queries, int worker) {
-        attend<Scalar>(p, scratch_of(p, worker), b, i, h, query, queries);
+        char* base = static_cast<char*>(p.workspace) + worker * Scratch::bytes(p, span);
+        attend<Scalar>(p, Scratch(p, span, base), b, i, h, query, queries);
       });
 }
 
@@ -211,25 +221,29 @@ void run_on_tiles(const CrossFrameAttentionParams& p, const Executor& executor) 
 int64_t cross_frame_attention_fwd_workspace(const CrossFrameAttentionParams& params, int threads) {
 #if ZSVR_ISA_LEVEL >= 4
   if (params.dtype == DType::kBFloat16) return tile_workspace(params, threads);
+#elif ZSVR_ISA_LEVEL == 3
+  if (params.dtype == DType::kBFloat16) return workspace<PairScratch>(params, threads);
 #endif
-  return threads * scratch_bytes(params);
+  return workspace<FloatScratch>(params, threads);
 }
 
 Status cross_frame_attention_fwd(const CrossFrameAttentionParams& params,
                                  const Executor& executor) {
   switch (params.dtype) {
     case DType::kFloat32:
-      run<float>(params, executor);
+      run<float, FloatScratch>(params, executor);
       break;
     case DType::kBFloat16:
 #if ZSVR_ISA_LEVEL >= 4
       run_on_tiles(params, executor);
+#elif ZSVR_ISA_LEVEL == 3
+      run<BFloat16, PairScratch>(params, executor);
 #else
-      run<BFloat16>(params, executor);
+      run<BFloat16, FloatScratch>(params, executor);
 #endif
       break;
     case DType::kFloat16:
-      run<Float16>(params, executor);
+      run<Float16, FloatScratch>(params, executor);
       break;
   }
   return ok_status();

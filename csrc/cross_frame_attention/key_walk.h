@@ -57,10 +57,9 @@ struct KeyWalk {
   const int32_t* row;  // [R]
   int64_t r = 0, site = 0;
 
-  // Copies up to kKeys keys and values into panels; returns how many.
-  template <class Scalar>
-  int next(float* keys, float* values) {
-    const int D = static_cast<int>(p.D);
+  // Calls take(keys, values, rows, row of the panel) for up to kKeys rows in all; returns how many.
+  template <class Scalar, class Take>
+  ZSVR_INLINE int next(const Take& take) {
     int count = 0;
     while (count < kKeys && r < p.R) {
       if (row[r] < 0) {
@@ -69,10 +68,8 @@ struct KeyWalk {
       }
       const int64_t left = p.P - site;
       const int taken = left < kKeys - count ? static_cast<int>(left) : kKeys - count;
-      copy_rows(p.k.template at<Scalar>(b, row[r], site, h), p.k.stride_p, taken, D,
-                keys + count * panel_stride(D));
-      copy_rows(p.v.template at<Scalar>(b, row[r], site, h), p.v.stride_p, taken, D,
-                values + count * panel_stride(D));
+      take(p.k.template at<Scalar>(b, row[r], site, h), p.v.template at<Scalar>(b, row[r], site, h),
+           taken, count);
       count += taken;
       site += taken;
       if (site == p.P) {
@@ -81,6 +78,16 @@ struct KeyWalk {
       }
     }
     return count;
+  }
+
+  // Copies up to kKeys keys and values into panels; returns how many.
+  template <class Scalar>
+  int next(float* keys, float* values) {
+    const int D = static_cast<int>(p.D);
+    return next<Scalar>([&](const Scalar* k, const Scalar* v, int rows, int at) {
+      copy_rows(k, p.k.stride_p, rows, D, keys + at * panel_stride(D));
+      copy_rows(v, p.v.stride_p, rows, D, values + at * panel_stride(D));
+    });
   }
 
   // The rows that next() will copy first.

@@ -45,9 +45,12 @@ def test_workspaces_stay_below_the_formulas(isa, dtype, generator):
     q, k, v = (torch.randn(2, T, P, H, D, generator=generator).to(dtype).requires_grad_() for _ in range(3))
     trajectories = testing.random_trajectories(1, T, T, L, GRID, generator)
     lanes = LANES.get(isa, 64)
-    span, panel = min(up(P, lanes), 256), up(D, 16) + (16 if up(D, 16) % 32 == 0 else 0)
+    span = min(up(P, lanes), 256)
+    panel, half_panel = (up(d, 16) + (16 if up(d, 16) % 32 == 0 else 0) for d in (D, D // 2))
     packed = 0
     forward = 4 * (2 * D * span + 2 * span + KEYS * lanes + 2 * KEYS * panel)
+    if isa == "avx512_bf16" and dtype == torch.bfloat16:
+        forward = 4 * ((up(D, 32) // 2 + D + 2) * span + KEYS * lanes + KEYS * half_panel + KEYS // 2 * panel)
     if isa == "amx" and dtype == torch.bfloat16:
         forward = 4 * 128 * 64 + 384 * up(D, 32) + 256 * up(D, 16)
         packed = 2 * 2 * T * H * up(D, 16) * up(P, 32)

@@ -5,7 +5,7 @@
 // of 16 columns; it uses tile 4 for A and tiles 5 to 7 for B.
 #pragma once
 
-#include "zsvr/tile.h"
+#include "zsvr/bf16_pairs.h"
 
 #if ZSVR_ISA_LEVEL >= 4
 namespace zsvr {
@@ -76,27 +76,6 @@ ZSVR_INLINE void multiply_tiles(const void* a, int64_t stride, const uint32_t* b
     _tile_loadd(5, b + 48, kLanes * 4);
     _tile_dpbf16ps(3, 4, 5);
   }
-}
-
-// Pairs of rounded values: [low, high] in every 32-bit lane.
-ZSVR_INLINE __m512i round_pairs(Vec low, Vec high) {
-  const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
-  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
-                                         8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  return _mm512_permutexvar_epi16(order, halves);
-}
-
-// 2^x for x <= 128 to a relative error of 3e-6, ample for values that are rounded to bf16; what lies
-// below 2^-126 gives 2^-126, NaN gives NaN.
-ZSVR_INLINE Vec exp2_for_bf16(Vec x) {
-  x = max(broadcast(-126.0f), x);
-  const Vec f = (Vec)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-  Vec y = broadcast(0x1.bb7cd4p-7f);
-  y = y * f + broadcast(0x1.aa13fp-5f);
-  y = y * f + broadcast(0x1.ee798ap-3f);
-  y = y * f + broadcast(0x1.62d166p-1f);
-  y = y * f + broadcast(0x1.00002cp+0f);
-  return (Vec)_mm512_scalef_ps((__m512)y, (__m512)x);
 }
 
 }  // namespace ZSVR_ISA
