@@ -51,12 +51,12 @@ def test_workspaces_stay_below_the_formulas(isa, dtype, generator):
         forward = 4 * 128 * 64 + 384 * up(D, 32) + 256 * up(D, 16)
         packed = 2 * 2 * T * H * up(D, 16) * up(P, 32)
     backward = 4 * (4 * D * span + 2 * KEYS * lanes + 2 * KEYS * panel)
-    tile = 64 * L * H
+    tile = 16 * L * H
     expected = {
         "cross": (packed + THREADS * forward, 8 * 2 * T * P * H + THREADS * backward),
         "trajectory": (
-            THREADS * (4 * tile + 64 * L),
-            8 * T * L * P * H + THREADS * (8 * tile + 8 * H * D + 64 * L),
+            THREADS * (4 * tile + 56 * 16 * L),
+            8 * T * L * P * H + THREADS * (8 * tile + 8 * H * up(D, 32) + 56 * 16 * L),
         ),
     }
     padding = 64 * 16 * THREADS  # each array begins on a cache line
