@@ -59,12 +59,12 @@ def test_workspaces_stay_below_the_formulas(isa, dtype, generator):
     heads = min(2 * H, max(2**23 // per_head, -(-8 * THREADS // (T * spans))))
     backward = 4 * (2 * D * span + (span + 2 * KEYS) * panel + 2 * KEYS * lanes)
     shared = 8 * 2 * T * P * H + 4 * 2 * T + 4 * T + heads * per_head
-    tile = 64 * L * H
+    tile = 16 * L * H
     expected = {
         "cross": (packed + THREADS * forward, shared + THREADS * backward),
         "trajectory": (
-            THREADS * (4 * tile + 64 * L),
-            8 * T * L * P * H + THREADS * (8 * tile + 8 * H * D + 64 * L),
+            THREADS * (4 * tile + 56 * 16 * L),
+            8 * T * L * P * H + THREADS * (8 * tile + 8 * H * up(D, 32) + 56 * 16 * L),
         ),
     }
     padding = 64 * 16 * THREADS  # each array begins on a cache line
