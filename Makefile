@@ -8,7 +8,7 @@ JOBS   ?= $(shell nproc 2>/dev/null || echo 2)
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h') CMakeLists.txt setup.py
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test lint format sanitize bench gpu wheel clean
+.PHONY: help setup demo test lint format sanitize bench gpu wheel picture clean
 
 help:
 	@echo "make demo      denoise a photographic sequence with the two attention operators; writes $(OUT)/"
@@ -19,11 +19,16 @@ help:
 	@echo "make bench     measure against peers; writes bench/results/ (BENCH='--quick' for a smoke run)"
 	@echo "make gpu       GPU tests and measurements"
 	@echo "make wheel     build a wheel in isolation into dist/"
+	@echo "make picture   make docs/contact_sheet.png, the README's picture, anew"
 	@echo "make clean     remove everything that was built"
 
 # One environment, from constraints.txt; made anew when the pins change.
 $(VENV)/.installed: constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "Python 3.10 or later is needed"'
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) cannot make virtual environments:" \
+	  "install its venv module (Debian, Ubuntu: apt install python3-venv)."; exit 1; }
+	@$(PYTHON) -c 'import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")' 2>/dev/null || \
+	  { echo "Python.h of $(PYTHON) is missing: install its headers (Debian, Ubuntu: apt install python3-dev)."; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
 	$(BIN)/python -m pip install -q -c constraints.txt torch numpy "setuptools>=77" cmake ninja pybind11 \
@@ -31,9 +36,10 @@ $(VENV)/.installed: constraints.txt pyproject.toml
 	  torchmetrics ruff mypy clang-format
 	@touch $@
 
-# The package itself, editable; rebuilt when a native source changes.
+# The package itself, editable; rebuilt when a native source changes. ZSVR_NATIVE=1: without its kernels there
+# would be nothing to show or to test, so a build that fails ends here.
 $(VENV)/.built: $(VENV)/.installed $(NATIVE)
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install -q --no-deps --no-build-isolation -e .
+	ZSVR_NATIVE=1 $(BIN)/python -m pip install -q --no-deps --no-build-isolation -e .
 	@touch $@
 
 setup: $(VENV)/.built
@@ -70,6 +76,11 @@ gpu:
 wheel: $(VENV)/.installed
 	$(BIN)/python -m pip wheel -q --no-deps -w dist .
 
+picture: setup
+	$(BIN)/python -m zsvr_kernels.demo --overwrite --no-timing $(OUT)
+	mkdir -p docs
+	cp $(OUT)/contact_sheet.png docs/contact_sheet.png
+
 clean:
-	rm -rf $(VENV) build dist demo_out *.egg-info python/*.egg-info zsvr_kernels/*.so
+	rm -rf $(VENV) build dist demo_out *.egg-info python/*.egg-info zsvr_kernels/*.so zsvr_kernels/_native_build.txt
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

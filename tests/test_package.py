@@ -109,3 +109,31 @@ def test_make_targets_that_the_documents_name_exist():
     for name in ("README.md", "CONTRIBUTING.md"):
         named = set(re.findall(r"`(?:[A-Z]+=\S+ )?make ([a-z]+)", (ROOT / name).read_text()))
         assert named and named <= targets, named - targets
+
+
+def documents() -> list[pathlib.Path]:
+    folders = ("zsvr_kernels", "bench", "docs")
+    return [*ROOT.glob("*.md"), *(p for folder in folders for p in (ROOT / folder).rglob("*.md"))]
+
+
+def test_relative_links_and_pictures_of_the_documents_exist():
+    links = 0
+    for path in documents():
+        text = re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)
+        for target in re.findall(r"\]\(([^)\s]+)\)", text):
+            if re.match(r"[a-z]+:|#", target):
+                continue
+            assert (path.parent / target.partition("#")[0]).exists(), f"{path.relative_to(ROOT)}: {target}"
+            links += 1
+    assert links >= 5
+
+
+def test_the_picture_is_small():
+    assert 20_000 < (ROOT / "docs" / "contact_sheet.png").stat().st_size < 1_000_000
+
+
+def test_build_info_names_the_compiler():
+    if _native.is_available():
+        assert re.match(r"yes \(.*[A-Za-z].* ?\d", zk.build_info()["native"])
+    else:
+        assert _native.why_missing in zk.build_info()["native"]

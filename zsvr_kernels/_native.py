@@ -17,7 +17,9 @@ try:
     why_missing = ""
 except ImportError as error:
     _C = None
-    why_missing = f"the native module is not installed ({error}); reinstall with a C++20 compiler"
+    note = pathlib.Path(__file__).with_name("_native_build.txt")  # setup.py's reason
+    reason = note.read_text().strip() if note.exists() else str(error)
+    why_missing = f"the native module is not installed ({reason}); reinstall with a C++20 compiler"
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 

@@ -34,7 +34,8 @@ def build_info() -> BuildInfo:
     )
     if _native.is_available():
         native = _native.module()
-        info["native"] = f"yes ({native.compiler.splitlines()[0]})"
+        compiler = native.compiler.splitlines()[0]  # GCC gives its bare version, Clang its name too
+        info["native"] = f"yes ({'GCC ' if compiler[:1].isdigit() else ''}{compiler})"
         info["cpu_capability"] = native.isa()
         info["cpu_capabilities_compiled"] = native.compiled_isas()
     else:

@@ -10,6 +10,10 @@ import torch
 
 pytest.importorskip("av")
 pytest.importorskip("cv2")
+pytest.importorskip("tqdm")
+pytest.importorskip("PIL")
+
+from PIL import Image
 
 from zsvr_kernels.demo import denoise as method
 from zsvr_kernels.demo import metrics, video
@@ -79,13 +83,14 @@ def test_patches_and_fold_are_inverse_and_tokens_measure_distance():
     torch.testing.assert_close(logits.double(), expected, atol=1e-3, rtol=1e-4)
 
 
-def test_more_range_restores_better():
-    clip = bundled_clip(64, 5)
+@pytest.mark.parametrize("size, frames", [(64, 5), pytest.param(96, 8, marks=pytest.mark.slow)])
+def test_more_range_restores_better(size, frames):
+    clip = bundled_clip(size, frames)
     noisy = add_noise(clip.frames, 25 / 255)
     psnr, error = {}, {}
-    for name in method.METHODS:
-        output = method.denoise(noisy, 25 / 255, name).clamp(0, 1)
-        psnr[name] = metrics.psnr(output, clip.frames)
+    for name in ("spatial", "both"):
+        output = metrics.quantize(method.denoise(noisy, 25 / 255, name))
+        psnr[name] = metrics.psnr(output, metrics.quantize(clip.frames))
         error[name] = metrics.warping_error(output, clip.flow_forward, clip.flow_backward)
     assert psnr["both"] > psnr["spatial"] + 1.5
     assert error["both"] < 0.6 * error["spatial"]
@@ -113,18 +118,116 @@ def test_a_run_from_a_video_file(tmp_path, capsys):
     video.write_video(source, video.to_bytes(clip.frames), 8)
     assert main([str(source), str(out)]) == 0
     printed = capsys.readouterr().out
-    assert "cross-frame + trajectory" in printed and "auto runs" in printed and "vs reference" in printed
+    assert "cross-frame + trajectory" in printed and "vs reference" in printed
+    assert "48x48 crop of 4 frames" in printed and printed.count("auto runs") == 3
     record = json.loads((out / "metrics.json").read_text())
     assert record["frames"] == [4, 48, 48] and record["results"]["both"]["psnr"] > record["results"]["noisy"]["psnr"]
     assert len(video.read_clip(out / "before_after.mp4").frames) == 4
     sheet = video.read_clip(out / "contact_sheet.png").frames
     assert sheet.std() > 0.1 and sheet.shape[-1] > 5 * 48
-    assert not [p for p in out.iterdir() if "partial" in p.name]
+    assert sorted(p.name for p in out.iterdir()) == ["before_after.mp4", "contact_sheet.png", "metrics.json"]
     before = (out / "metrics.json").read_bytes()
     assert main([str(source), str(out)]) == 1
     assert "--overwrite" in capsys.readouterr().err and (out / "metrics.json").read_bytes() == before
     assert main([str(source), str(out), "--overwrite", "--already-noisy", "--no-timing", "--frames", "3"]) == 0
     assert "psnr" not in json.loads((out / "metrics.json").read_text())["results"]["both"]
+    (out / "metrics.json").unlink()  # the picture alone is worth guarding too
+    assert main([str(source), str(out)]) == 1
+    assert "contact_sheet.png" in capsys.readouterr().err
+
+
+def test_a_degraded_clip_is_measured_against_its_reference(tmp_path, capsys):
+    clean = bundled_clip(64, 3).frames
+    for name, frames in (("clean", clean), ("noisy", add_noise(clean, 20 / 255))):
+        (tmp_path / name).mkdir()
+        for n, picture in enumerate(video.to_bytes(frames)):
+            Image.fromarray(picture).save(tmp_path / name / f"{n:02}.png")
+    source, reference, out = (str(tmp_path / name) for name in ("noisy", "clean", "out"))
+    options = ["--reference", reference, "--sigma", "20", "--size", "48", "--no-timing"]
+    assert main([source, out, *options]) == 0
+    assert "assumed noise 20/255" in capsys.readouterr().out
+    record = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert record["frames"] == [3, 48, 48] and record["reference"] == reference
+    # Nothing was added: what is called noisy is the input itself.
+    noisy, truth = (video.read_clip(tmp_path / name, longest=48).frames for name in ("noisy", "clean"))
+    assert record["results"]["noisy"]["psnr"] == pytest.approx(metrics.psnr(noisy, truth), abs=1e-9)
+    assert main([source, out, "--overwrite", "--reference", reference, "--frames", "2", "--size", "0"]) == 1
+    assert "--size must be at least 16" in capsys.readouterr().err
+    (tmp_path / "clean" / "02.png").unlink()
+    assert main([source, out, "--overwrite", *options]) == 1
+    assert "must be the same" in capsys.readouterr().err
+
+
+def test_size_reduces_by_area_and_never_enlarges(tmp_path):
+    picture = np.random.default_rng(3).integers(0, 256, (40, 64, 3), dtype=np.uint8)
+    Image.fromarray(picture).save(tmp_path / "0.png")
+    half = video.read_clip(tmp_path, longest=32).frames
+    means = torch.from_numpy(picture).float().view(20, 2, 32, 2, 3).mean((1, 3)).permute(2, 0, 1) / 255
+    torch.testing.assert_close(half[0], means, atol=0.6 / 255, rtol=0)
+    assert video.read_clip(tmp_path, longest=64).frames.shape == (1, 3, 40, 64)
+    assert video.read_clip(tmp_path, longest=999).frames.shape == (1, 3, 40, 64)
+
+
+def test_a_run_that_fails_or_is_interrupted_changes_nothing(tmp_path, capsys, monkeypatch):
+    from zsvr_kernels.demo import report
+
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("before_after.mp4", "contact_sheet.png", "metrics.json"):
+        (out / name).write_text(f"earlier {name}")
+    source = tmp_path / "in.mp4"
+    video.write_video(source, video.to_bytes(bundled_clip(32, 2).frames), 8)
+    for error, status in ((KeyboardInterrupt(), 130), (OSError("disk full"), 1)):
+
+        def stop(*_: object, error: BaseException = error, **__: object) -> None:
+            raise error
+
+        monkeypatch.setattr(report, "contact_sheet", stop)  # the video is written by then
+        for folder in (out, tmp_path / "new"):
+            assert main([str(source), str(folder), "--overwrite", "--no-timing"]) == status
+        said = capsys.readouterr().err
+        assert "nothing was overwritten" in said if status == 130 else "disk full" in said
+        assert {p.name: p.read_text() for p in out.iterdir()} == {
+            name: f"earlier {name}" for name in ("before_after.mp4", "contact_sheet.png", "metrics.json")
+        }
+        assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("width", [40, 96, 150, 176, 299, 320])
+def test_the_sheet_has_room_for_labels_and_fills_its_columns(tmp_path, width):
+    from zsvr_kernels.demo import report
+
+    clip = torch.full((3, 3, 32, width), 0.25)
+    report.contact_sheet(tmp_path / "sheet.png", {"one": clip, "two": clip}, {}, row=17)
+    sheet = (video.read_clip(tmp_path / "sheet.png").frames[0] * 255).round()
+    column = (sheet.shape[2] - report.GAP) // 2 - report.GAP
+    assert column >= 300 and column % width == 0
+    picture = sheet == 64
+    # Every column of pixels of both pictures shows the clip in all three parts.
+    for left in (report.GAP, 2 * report.GAP + column):
+        rows = picture[:, :, left : left + column].all(0).all(1)
+        assert rows.sum() >= 32 * column // width - 2 + 10 * 3 * (column // width) + 96
+    yellow = (sheet == torch.tensor((255, 230, 0))[:, None, None]).all(0)
+    assert yellow.sum() > column / 2
+
+
+def test_metrics_are_those_of_the_picture_files():
+    values = torch.tensor([-0.2, 0.0, 0.4 / 255, 0.5 / 255, 254.6 / 255, 1.3])
+    assert (metrics.quantize(values) * 255).round().tolist() == [0, 0, 0, 1, 255, 255]
+    clip = bundled_clip(24, 2).frames
+    again = torch.from_numpy(video.to_bytes(clip)).permute(0, 3, 1, 2) / 255
+    assert torch.equal(metrics.quantize(clip), again)
+
+
+def test_the_trajectory_step_takes_weights_from_the_noisy_clip_and_values_from_the_restored():
+    clip = bundled_clip(32, 3).frames
+    still = (torch.zeros(2, 2, 32, 32),) * 2
+    # A wide bandwidth averages the values of the same pixel over time, whatever the noisy clip holds.
+    out = method.trajectory_step(add_noise(clip, 0.1), clip, still, 1e9)
+    torch.testing.assert_close(out, clip.mean(0, keepdim=True).expand_as(clip), atol=1e-5, rtol=1e-4)
+    # A narrow one keeps each frame's own value, since only there the noisy patch is at distance 0.
+    out = method.trajectory_step(add_noise(clip, 0.1), clip, still, 1e-3)
+    torch.testing.assert_close(out, clip, atol=1e-5, rtol=1e-4)
 
 
 def test_bad_input_is_a_sentence_not_a_traceback(tmp_path, capsys):
@@ -138,6 +241,9 @@ def test_bad_input_is_a_sentence_not_a_traceback(tmp_path, capsys):
         ([empty, tmp_path / "o"], "no pictures"),
         ([broken], "is a file"),
         ([broken, tmp_path / "o", "--sigma", "0"], "positive"),
+        ([broken, tmp_path / "o", "--frames", "0"], "--frames must be at least 1"),
+        ([broken, tmp_path / "o", "--backend", "sdpa"], "it implements cross_frame_attention only"),
+        (["--reference", broken], "need an input"),
     ):
         assert main([str(a) for a in arguments]) == 1
         assert words in capsys.readouterr().err

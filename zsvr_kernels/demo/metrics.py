@@ -12,6 +12,11 @@ from zsvr_kernels.links import inside_pixels
 from zsvr_kernels.sampling import warp
 
 
+def quantize(clip: Tensor) -> Tensor:
+    """Return a clip clipped to [0, 1] and rounded to the 256 levels of a picture file, ``floor(255u + 0.5) / 255``."""
+    return torch.floor(clip.clamp(0, 1) * 255 + 0.5) / 255
+
+
 def psnr(output: Tensor, truth: Tensor) -> float:
     """Return the mean over frames of ``-10 log10 mse``, at most 100 dB; both ``[T, 3, H, W]``."""
     mse = (output.double() - truth.double()).square().mean((1, 2, 3))

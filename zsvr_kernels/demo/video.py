@@ -1,9 +1,15 @@
-"""Reading and writing clips with PyAV; outputs appear under their name only when complete."""
+"""Reading and writing clips with PyAV; a run's outputs appear under their names together, when all are complete."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator
 from fractions import Fraction
 
 import numpy as np
@@ -11,11 +17,23 @@ import torch
 from torch import Tensor
 
 from zsvr_kernels.demo.clip import Clip
+from zsvr_kernels.demo.metrics import quantize
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
 
-def _decode(path: pathlib.Path, limit: int | None) -> tuple[list[np.ndarray], float]:
+def _reduced(picture: np.ndarray, longest: int | None) -> np.ndarray:
+    """Return a picture ``[H, W, 3]`` area-averaged so that its longest side is at most ``longest``."""
+    import cv2
+
+    H, W = picture.shape[:2]
+    if longest is None or max(H, W) <= longest:
+        return picture
+    size = tuple(max(1, round(side * longest / max(H, W))) for side in (W, H))
+    return cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
+
+
+def _decode(path: pathlib.Path, limit: int | None, longest: int | None) -> tuple[list[np.ndarray], float]:
     import av
 
     try:
@@ -26,7 +44,7 @@ def _decode(path: pathlib.Path, limit: int | None) -> tuple[list[np.ndarray], fl
             rate = float(stream.average_rate or 24)
             frames = []
             for frame in container.decode(stream):
-                frames.append(frame.to_ndarray(format="rgb24"))
+                frames.append(_reduced(frame.to_ndarray(format="rgb24"), longest))
                 if limit is not None and len(frames) >= limit:
                     break
     except av.FFmpegError as error:
@@ -34,12 +52,13 @@ def _decode(path: pathlib.Path, limit: int | None) -> tuple[list[np.ndarray], fl
     return frames, rate
 
 
-def read_clip(path: pathlib.Path, limit: int | None = None) -> Clip:
+def read_clip(path: pathlib.Path, limit: int | None = None, longest: int | None = None) -> Clip:
     """Read a video file, or a folder of pictures in the order of their names.
 
     Args:
         path: the file or folder.
         limit: read at most this many frames.
+        longest: reduce larger frames by area averaging, so that their longest side is this many pixels.
 
     Raises:
         FileNotFoundError: there is nothing at ``path``.
@@ -52,9 +71,9 @@ def read_clip(path: pathlib.Path, limit: int | None = None) -> Clip:
         files = sorted(p for p in path.iterdir() if p.suffix.lower() in PICTURES)
         if not files:
             raise ValueError(f"{path} holds no pictures ({', '.join(PICTURES)})")
-        arrays = [_decode(file, 1)[0][0] for file in files[:limit]]
+        arrays = [_decode(file, 1, longest)[0][0] for file in files[:limit]]
     else:
-        arrays, rate = _decode(path, limit)
+        arrays, rate = _decode(path, limit, longest)
     if not arrays:
         raise ValueError(f"{path} holds no frames")
     if len({a.shape for a in arrays}) != 1:
@@ -64,31 +83,53 @@ def read_clip(path: pathlib.Path, limit: int | None = None) -> Clip:
 
 def to_bytes(frames: Tensor) -> np.ndarray:
     """Return frames ``[T, 3, H, W]`` in [0, 1] as uint8 ``[T, H, W, 3]``."""
-    rounded = torch.floor(frames.clamp(0, 1) * 255 + 0.5).to(torch.uint8)
+    rounded = (quantize(frames) * 255).round().to(torch.uint8)
     return np.ascontiguousarray(rounded.permute(0, 2, 3, 1).numpy())
 
 
 def write_video(path: pathlib.Path, frames: np.ndarray, fps: float) -> None:
-    """Write uint8 frames ``[T, H, W, 3]`` of even sides as H.264 that browsers play; replaces the file at once."""
+    """Write uint8 frames ``[T, H, W, 3]`` of even sides as H.264 that browsers play."""
     import av
 
-    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        stream.options = {"crf": "10"}
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Let Ctrl-C wait until the end of the block."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pressed: list[object] = []
+    before = signal.signal(signal.SIGINT, lambda *_: pressed.append(1))
     try:
-        with av.open(str(partial), "w") as container:
-            stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-            stream.height, stream.width = frames.shape[1:3]
-            stream.pix_fmt = "yuv420p"
-            stream.options = {"crf": "10"}
-            for frame in frames:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-            container.mux(stream.encode())
-        os.replace(partial, path)
+        yield
     finally:
-        partial.unlink(missing_ok=True)
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        signal.raise_signal(signal.SIGINT)
 
 
-def write_text(path: pathlib.Path, text: str) -> None:
-    """Write a text file; it replaces an older one at once."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)
+@contextlib.contextmanager
+def results(out: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Give a folder to write results to; they move to ``out`` together if the block ends without an error."""
+    had_folder = out.is_dir()
+    out.mkdir(parents=True, exist_ok=True)
+    staging = pathlib.Path(tempfile.mkdtemp(prefix=".partial-", dir=out))
+    try:
+        yield staging
+        with _uninterrupted():
+            for path in sorted(staging.iterdir()):
+                os.replace(path, out / path.name)
+            had_folder = True
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        if not had_folder:
+            out.rmdir()
