@@ -150,6 +150,15 @@ static void add_new_samples(const Params& p, int64_t b, int64_t i, const TileSit
   }
 }
 
+// ---- logits -------------------------------------------------------------------------------------
+
+inline constexpr float kDead = -__builtin_inff();  // the score of a slot that is not live
+
+// Scores in base 2; a dead slot stays dead whatever the scale.
+ZSVR_INLINE Vec scaled_score(Vec score, Vec scale) {
+  return score == broadcast(kDead) ? broadcast(kDead) : score * scale;
+}
+
 // ---- dots ---------------------------------------------------------------------------------------
 
 // The first `count` channels of sum_c w_c row_c, from channel `at` on.
@@ -200,17 +209,28 @@ ZSVR_INLINE Vec dot_lanes(const Scalar* const* row, const Vec* weight, int64_t a
   }
 #endif
   Vec sum[2] = {zero(), zero()};
-#pragma GCC unroll 16
-  for (int d = 0; d < D; d += kLanes) {
-    const int count = D - d < kLanes ? D - d : kLanes;
+  const auto add = [&](int d, int count, int chain) __attribute__((always_inline)) {
     Vec x[kParts], other[kParts];
     blend_corners<Scalar, kCorners>(row, weight, at + d, count, x);
     load_unit(y + d, count, other);
 #pragma GCC unroll 2
     for (int i = 0; i < kParts; ++i) {
-      Vec& part = sum[kParts == 2 ? i : d / kLanes % 2];
+      Vec& part = sum[kParts == 2 ? i : chain];
       part = fma(x[i], other[i], part);
     }
+  };
+  if constexpr (kD > 0) {
+#pragma GCC unroll 16
+    for (int d = 0; d < kD; d += kLanes) {
+      add(d, kD - d < kLanes ? kD - d : kLanes, d / kLanes % 2);
+    }
+  } else {
+    int d = 0;
+    for (; d + 2 * kLanes <= D; d += 2 * kLanes) {
+      add(d, kLanes, 0);
+      add(d + kLanes, kLanes, 1);
+    }
+    for (; d < D; d += kLanes) add(d, D - d < kLanes ? D - d : kLanes, 0);
   }
   return sum[0] + sum[1];
 }

@@ -135,7 +135,8 @@ void softmax_gradient(const Params& p, const Scratch& scratch, int64_t b, int64_
     for (int64_t l = 0; l < p.L; ++l) {
       float* s = scratch.scores + l * rows + at;
       const float* g = scratch.products + l * rows + at;
-      const Vec probability = exp2(fma(lse, minus_log2e, load_first(s, lanes) * scale));
+      const Vec probability =
+          exp2(fma(lse, minus_log2e, scaled_score(load_first(s, lanes), scale)));
       store_first(s, probability, lanes);
       delta = fma(probability, load_first(g, lanes), delta);
     }
@@ -164,7 +165,7 @@ void pass_a(const Params& p, const Tiling& tiling, int64_t b, int64_t i, int64_t
       float* s = scratch.scores + l * rows + n * p.H;
       float* g = scratch.products + l * rows + n * p.H;
       if (frames[l] < 0 || p.valid[at] == 0) {
-        for (int64_t h = 0; h < p.H; ++h) s[h] = -__builtin_inff(), g[h] = 0.0f;
+        for (int64_t h = 0; h < p.H; ++h) s[h] = kDead, g[h] = 0.0f;
         continue;
       }
       const Cell cell = cell_of(p.positions + 2 * at, p.Hg, p.Wg);

@@ -31,14 +31,14 @@ void softmax(const Params& p, float* scores, int64_t b, int64_t i, const TileSit
   const float factor = p.scale * kLog2E;
   const Vec scale = broadcast(factor);
   const int64_t rows = sites.count() * p.H;
-  const Vec lowest = broadcast(-__builtin_inff());
+  const Vec lowest = broadcast(kDead);
   int64_t n = 0, h = 0;
   float* lse = p.lse + ((b * p.T + i) * p.Hg * p.Wg + sites.site(0)) * p.H;
   for (int64_t at = 0; at < rows; at += kWidth) {
     const int lanes = rows - at < kWidth ? static_cast<int>(rows - at) : kWidth;
     Vec peak = lowest;
     for (int64_t l = 0; l < p.L; ++l) {
-      const Vec x = load_first(scores + l * rows + at, lanes) * scale;
+      const Vec x = scaled_score(load_first(scores + l * rows + at, lanes), scale);
       store_first(scores + l * rows + at, x, lanes);
       peak = max(x, peak);
     }
@@ -84,7 +84,7 @@ void attend(const Params& p, const Tiling& tiling, int64_t b, int64_t i, int64_t
       const int64_t site = sites.site(n), at = trajectory + l * P + site;
       float* out = scores + l * rows + n * p.H;
       if (frames[l] < 0 || p.valid[at] == 0) {
-        for (int64_t h = 0; h < p.H; ++h) out[h] = -__builtin_inff();
+        for (int64_t h = 0; h < p.H; ++h) out[h] = kDead;
         continue;
       }
       const Cell cell = cell_of(p.positions + 2 * at, p.Hg, p.Wg);
