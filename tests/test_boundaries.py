@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import pathlib
 import re
 import subprocess
@@ -86,6 +87,20 @@ def test_operators_point_one_way():
             if path.stem != "__init__":
                 others = [name for name in names if name.startswith("zsvr_kernels.ops.")]
                 assert all(name.startswith(inside) for name in others), path
+
+
+def test_what_operators_stand_on_knows_no_operator():
+    allowed = {"__init__", "__main__", "testing"}  # the public face, and what tests import
+    for path in (ROOT / "zsvr_kernels").glob("*.py"):
+        if path.stem not in allowed:
+            assert not any(name.startswith("zsvr_kernels.ops") for name in imports(path)), path
+
+
+def test_modules_import_each_other_without_a_cycle():
+    names = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in (ROOT / "zsvr_kernels").rglob("*.py")}
+    graph = {name: imports(path) & names.keys() - {name} for name, path in names.items()}
+    assert graph["zsvr_kernels.trajectories"] >= {"zsvr_kernels.validation"}
+    tuple(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, naming the cycle
 
 
 def test_one_file_knows_python_and_none_knows_torch():

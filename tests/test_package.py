@@ -79,6 +79,28 @@ def test_explain_names_the_choice_and_each_refusal(capsys):
         zk.explain("attention", q)
 
 
+def test_explain_takes_what_the_call_takes(capsys):
+    q = torch.randn(1, 2, 6, 1, 16)
+    links = zk.Links.from_flow(*[torch.zeros(1, 1, 2, 8, 12)] * 2, grid=(2, 3))
+    chained = zk.chain_links(links)
+    for given in (links, links.forward):
+        assert zk.explain("chain_links", given, window=1, rounding="nearest").call.dtype == torch.float32
+    assert not zk.explain("trajectory_attention", q, q, q, chained, scale=0.5).call.needs_grad
+    chained.positions.requires_grad_()
+    assert zk.explain("trajectory_attention", q, q, q, chained).call.needs_grad
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert zk.explain("cross_frame_attention", q, q, q, zk.neighbors(2)).call.dtype == torch.bfloat16
+    for op in ("cross_frame_attention", "trajectory_attention", "chain_links"):
+        with pytest.raises(TypeError, match=f"{op} takes .* first, got NoneType"):
+            zk.explain(op, None)
+        with pytest.raises(TypeError, match="no keyword 'retrun_lse'"):
+            zk.explain(op, links.forward, retrun_lse=True)
+    with pytest.raises(TypeError, match="no keyword 'return_lse'"):
+        zk.explain("chain_links", links, return_lse=True)
+    with pytest.raises(ValueError, match="5 axes"):
+        zk.explain("cross_frame_attention", q[0])
+
+
 def test_python_blocks_of_the_documents_run(capsys):
     documents = [ROOT / "README.md", *(ROOT / "zsvr_kernels" / "ops").glob("*/README.md")]
     blocks = 0

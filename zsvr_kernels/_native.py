@@ -57,4 +57,4 @@ def tokens(x: torch.Tensor) -> tuple[int, tuple[int, ...]]:
 
 def workspace(size: int) -> torch.Tensor:
     """Allocate scratch for one launch (64-byte aligned, as torch's CPU allocator gives)."""
-    return torch.empty(max(size, 1), dtype=torch.uint8)
+    return torch.empty(max(size, 1), dtype=torch.uint8, device="cpu")

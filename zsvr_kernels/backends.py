@@ -7,10 +7,11 @@ An explicit ``backend=`` never falls back: it runs or raises.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -138,30 +139,53 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain(op: str, q: Tensor, *others: object, return_lse: bool = False, **ignored: object) -> Explanation:
+# What each operator takes by keyword beside return_lse; none of it changes the choice.
+_KEYWORDS: dict[str, tuple[str, ...]] = {
+    "cross_frame_attention": ("scale", "backend", "out"),
+    "trajectory_attention": ("scale", "backend", "out"),
+    "chain_links": ("window", "rounding", "link_rule", "backend"),
+}
+
+
+def explain(op: str, q: object, *others: object, return_lse: bool = False, **keywords: object) -> Explanation:
     """Print which backend ``backend="auto"`` runs for a call, and each refusal with its reason.
 
     Args:
         op: ``"cross_frame_attention"``, ``"trajectory_attention"`` or ``"chain_links"``.
-        q: the call's first tensor (for ``chain_links``: ``links.forward``).
-        others: the call's other arguments; tensors among them count when asking whether a gradient is needed.
+        q: the call's first argument (for ``chain_links``: the links, or ``links.forward``).
+        others: the call's other arguments; tensors among them, and positions of trajectories, count when asking
+            whether a gradient is needed.
         return_lse: as in the call.
+        keywords: the call's other keywords; they do not change the choice.
 
     Returns:
-        The explanation that was printed, with ``choice`` and ``refusals``.
+        The explanation that was printed, with ``choice`` and ``refusals``. Under autocast its dtype is the one
+        that the call would run in.
 
     Raises:
         ValueError: ``op`` is not an operator of this package.
+        TypeError: the first argument is not what the operator takes, or a keyword is not one of the operator's.
     """
     if op not in OPERATORS:
         raise ValueError(f"op must be one of {', '.join(OPERATORS)}, got {op!r}")
-    tensors = [x for x in (q, *others) if isinstance(x, Tensor)]
+    unknown = [name for name in keywords if name not in _KEYWORDS[op]]
+    if unknown or (return_lse and op == "chain_links"):
+        raise TypeError(f"{op} takes no keyword {(unknown or ['return_lse'])[0]!r}")
+    first = getattr(q, "forward", None) if op == "chain_links" and not isinstance(q, Tensor) else q
+    if not isinstance(first, Tensor):
+        expected = "zsvr_kernels.Links" if op == "chain_links" else "a torch.Tensor q"
+        raise TypeError(f"{op} takes {expected} first, got {type(q).__name__}")
+    if op != "chain_links":
+        if first.dim() != 5:
+            raise ValueError(f"q must have 5 axes [B, T, P, H, D], got shape {tuple(first.shape)}")
+        (first,) = autocast(first)
+    read = [getattr(x, "positions", x) for x in (first, *others)]
     call = Call(
         op,
-        q.device.type,
-        q.dtype,
-        None if op == "chain_links" else q.shape[-1],
-        torch.is_grad_enabled() and any(x.requires_grad for x in tensors),
+        first.device.type,
+        first.dtype,
+        None if op == "chain_links" else first.shape[-1],
+        torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in read),
         return_lse,
     )
     refusals = {b: r for b in BACKENDS[1:] if (r := refusal(b, call)) is not None}
@@ -170,10 +194,26 @@ def explain(op: str, q: Tensor, *others: object, return_lse: bool = False, **ign
     return explanation
 
 
-def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Cast floating tensors to autocast's dtype where autocast is on for their device, as SDPA does."""
-    device = tensors[0].device.type
+def autocast(*arguments: Any) -> tuple[Any, ...]:
+    """Cast floating tensors to autocast's dtype where autocast is on for their device, as SDPA does.
+
+    The first argument says which device; float64, other dtypes and what is no tensor stay as they are.
+    """
+    if not isinstance(arguments[0], Tensor):
+        return arguments
+    device = arguments[0].device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return tensors
+        return arguments
     dtype = torch.get_autocast_dtype(device)
-    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+    def is_cast(x: object) -> bool:
+        return isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
+
+    return tuple(x.to(dtype) if is_cast(x) else x for x in arguments)
+
+
+def without_autocast(device: torch.device) -> Any:
+    """Return a context in which operations on ``device`` keep the dtype of their inputs."""
+    if not torch.amp.is_autocast_available(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from zsvr_kernels.validation import check_int
+
 BORDERS = ("replicate", "drop", "reflect")
 
 
@@ -25,33 +27,24 @@ class Absolute(NamedTuple):
 
 def relative(offset: int) -> Relative:
     """Return a table item for the frame ``offset`` away from the query frame; see `index_list`."""
-    return Relative(_integer("offset", offset))
+    return Relative(check_int("offset", offset))
 
 
 def absolute(frame: int) -> Absolute:
     """Return a table item for one frame of the clip, negative from its end; see `index_list`."""
-    return Absolute(_integer("frame", frame))
-
-
-def _integer(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    return value
-
-
-def _missing(i: int, offset: int, T: int, border: str) -> int:
-    if border == "drop":
-        return -1
-    if border == "reflect" and 0 <= i - offset < T:
-        return i - offset
-    return i
+    return Absolute(check_int("frame", frame))
 
 
 def _entry(item: Relative | Absolute, i: int, T: int, border: str) -> int:
-    if isinstance(item, Absolute):
-        return item.frame if item.frame >= 0 else T + item.frame
-    j = i + item.offset
-    return j if 0 <= j < T else _missing(i, item.offset, T, border)
+    if isinstance(item, Relative):
+        j, mirrored = i + item.offset, i - item.offset
+    else:
+        j, mirrored = item.frame if item.frame >= 0 else T + item.frame, -1
+    if 0 <= j < T:
+        return j
+    if border == "drop":
+        return -1
+    return mirrored if border == "reflect" and 0 <= mirrored < T else i
 
 
 def _finish(row: list[int], i: int, dedupe: bool) -> list[int]:
@@ -81,19 +74,18 @@ def index_list(
         T: frames of the clip, at least 1.
         items: `relative` and `absolute` items, at least one.
         include_self: append the query frame itself.
-        border: what a neighbour outside the clip becomes. ``"replicate"``: the query frame; ``"drop"``: absent
-            (a row left empty becomes the query frame); ``"reflect"``: the neighbour on the other side if it
-            exists, else the query frame.
+        border: what an item outside the clip becomes. ``"replicate"``: the query frame; ``"drop"``: absent
+            (a row left empty becomes the query frame); ``"reflect"``: for a relative item the neighbour on the
+            other side if it exists, else the query frame.
         dedupe: repeats within a row beyond the first become absent. By default they count twice.
 
     Returns:
         int32 ``[T, R]``, -1 where absent.
 
     Raises:
-        ValueError: ``T < 1``, no items, an absolute frame outside the clip, an unknown border rule.
+        ValueError: ``T < 1``, no items, an unknown border rule.
     """
-    if _integer("T", T) < 1:
-        raise ValueError(f"T must be at least 1, got {T}")
+    T = check_int("T", T, 1)
     if border not in BORDERS:
         raise ValueError(f"border must be one of {', '.join(BORDERS)}, got {border!r}")
     listed = list(items)
@@ -104,8 +96,6 @@ def index_list(
     for item in listed:
         if not isinstance(item, (Relative, Absolute)):
             raise TypeError(f"items must come from relative() or absolute(), got {item!r}")
-        if isinstance(item, Absolute) and not -T <= item.frame < T:
-            raise ValueError(f"frame {item.frame} is outside a clip of {T} frames")
     rows = [_finish([_entry(item, i, T, border) for item in listed], i, dedupe) for i in range(T)]
     return torch.tensor(rows, dtype=torch.int32)
 
@@ -141,10 +131,19 @@ def first_and_previous(T: int) -> Tensor:
 
 
 def anchors(T: int, frames: Sequence[int], include_self: bool = False, *, dedupe: bool = False) -> Tensor:
-    """Return the table in which every frame reads the listed frames (negative: from the end)."""
-    return index_list(T, [absolute(f) for f in frames], include_self=include_self, dedupe=dedupe)
+    """Return the table in which every frame reads the listed frames (negative: from the end).
+
+    Raises:
+        ValueError: ``T < 1``, no frames, a frame outside the clip (`index_list` would apply its border rule).
+    """
+    T = check_int("T", T, 1)
+    items = [absolute(f) for f in frames]
+    for item in items:
+        if not -T <= item.frame < T:
+            raise ValueError(f"frame {item.frame} is outside a clip of {T} frames")
+    return index_list(T, items, include_self=include_self, dedupe=dedupe)
 
 
 def all_frames(T: int) -> Tensor:
     """Return the dense table: every frame reads all frames, int32 ``[T, T]``."""
-    return index_list(T, [absolute(f) for f in range(_integer("T", T))] or [absolute(0)])
+    return index_list(T, [absolute(f) for f in range(check_int("T", T, 1))])

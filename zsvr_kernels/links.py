@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from zsvr_kernels import validation
+from zsvr_kernels import backends, validation
 from zsvr_kernels.sampling import Grid, is_inside, sites, warp
 
 CHECKS = {"U": (0.01, 0.5), "S": (0.001, 0.05), "none": (0.0, 0.0)}  # rule -> default alpha, beta
@@ -20,19 +20,7 @@ def _choice(name: str, value: str, allowed: tuple[str, ...]) -> str:
     return value
 
 
-def check_grid(grid: object) -> Grid:
-    """Return ``grid`` as two positive ints ``(Hg, Wg)``, or raise."""
-    if not isinstance(grid, (tuple, list)) or len(grid) != 2:
-        raise TypeError(f"grid must be (Hg, Wg), got {grid!r}")
-    Hg, Wg = grid
-    if not all(isinstance(n, int) and not isinstance(n, bool) for n in (Hg, Wg)):
-        raise TypeError(f"grid must be two ints (Hg, Wg), got {grid!r}")
-    if Hg < 1 or Wg < 1:
-        raise ValueError(f"grid must be at least 1x1, got {grid!r}")
-    return Hg, Wg
-
-
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Links:
     """Correspondences between adjacent frames of one clip on one token grid.
 
@@ -54,6 +42,11 @@ class Links:
     def frames(self) -> int:
         """Number of frames T."""
         return self.forward.shape[1] + 1
+
+    def __repr__(self) -> str:
+        B, valid = self.forward.shape[0], (self.valid_forward, self.valid_backward)
+        share = ", ".join(f"{float(x.float().mean()):.0%}" for x in valid) if valid[0].numel() else "none"
+        return f"Links(B={B}, T={self.frames}, grid={self.grid}, valid={share})"
 
     def to(self, device: torch.device | str) -> Links:
         """Return the links on another device."""
@@ -85,19 +78,7 @@ class Links:
         Raises:
             TypeError, ValueError: tensors that do not fit each other or the grid.
         """
-        grid = check_grid(grid)
-        validation.check_tensor("forward", forward, 4, "[B, T-1, P, 2]")
-        expected = (*forward.shape[:2], grid[0] * grid[1], 2)
-        for name, x in (("forward", forward), ("backward", backward)):
-            validation.check_tensor(name, x, 4, "[B, T-1, P, 2]")
-            validation.check_dtype(name, x, torch.float32)
-            validation.check_shape(name, x, expected, f"[B, T-1, P, 2] on a {grid[0]}x{grid[1]} grid")
-        for name, x in (("valid_forward", valid_forward), ("valid_backward", valid_backward)):
-            validation.check_tensor(name, x, 3, "[B, T-1, P]")
-            validation.check_dtype(name, x, torch.bool)
-            validation.check_shape(name, x, expected[:3], "[B, T-1, P]")
-        if len({x.device for x in (forward, backward, valid_forward, valid_backward)}) != 1:
-            raise ValueError("forward, backward and their validity must be on one device")
+        grid = validation.check_links(forward, backward, valid_forward, valid_backward, grid)
         forward, valid_forward = _finite(forward.detach(), valid_forward, grid)
         backward, valid_backward = _finite(backward.detach(), valid_backward, grid)
         return cls(forward, backward, valid_forward, valid_backward, grid)
@@ -130,7 +111,7 @@ class Links:
                 them the forward-backward check below runs at the flow's resolution.
             check: ``"U"``: ``|F + G| > alpha (|F| + |F'|) + beta``, where F' is the opposite flow and G is F'
                 warped by F; ``"S"``: ``|F + G|^2 > alpha (|F|^2 + |G|^2) + beta``; ``"none"``.
-            alpha, beta: None means (0.01, 0.5) for U, (0.001, 0.05) for S.
+            alpha, beta: finite, at least 0; None means (0.01, 0.5) for U, (0.001, 0.05) for S.
             threshold_warped: use ``|G|`` instead of ``|F'|`` in U.
             motion_boundary: also occluded where ``|grad F|^2 > 0.01 |F|^2 + 0.002``.
             resize: ``"area"``, ``"antialias"`` (triangle filter) or ``"nearest"``; enlarging is bilinear.
@@ -151,7 +132,7 @@ class Links:
             >>> zsvr_kernels.Links.from_flow(flow, flow, grid=(12, 16)).forward.shape
             torch.Size([1, 7, 192, 2])
         """
-        grid = check_grid(grid)
+        grid = validation.check_grid(grid)
         _choice("check", check, tuple(CHECKS))
         _choice("resize", resize, ("area", "antialias", "nearest"))
         _choice("occ_pool", occ_pool, ("max", "mean"))
@@ -164,12 +145,14 @@ class Links:
                 raise ValueError(f"{name} must be [B, T-1, 2, Hi, Wi], got shape {tuple(flow.shape)}")
             flows.append(flow.detach().float())
         validation.check_shape("flow_backward", flow_backward, tuple(flow_forward.shape), "as flow_forward")
-        if flow_forward.device != flow_backward.device:
-            raise ValueError(f"flows are on {flow_forward.device} and {flow_backward.device}")
+        validation.check_device("flow_backward", flow_backward, flow_forward, "flow_forward")
         if (occ_forward is None) != (occ_backward is None):
             raise ValueError("give both occ_forward and occ_backward, or neither")
         default_alpha, default_beta = CHECKS[check]
-        bounds = (default_alpha if alpha is None else alpha, default_beta if beta is None else beta)
+        bounds = (
+            validation.check_bound("alpha", default_alpha if alpha is None else alpha),
+            validation.check_bound("beta", default_beta if beta is None else beta),
+        )
         B, pairs, _, Hi, Wi = flow_forward.shape
         finite = [torch.isfinite(f).all(2) for f in flows]  # [B, T-1, Hi, Wi]
         flows = [f.masked_fill(~ok[:, :, None], 0.0) for f, ok in zip(flows, finite, strict=True)]
@@ -181,6 +164,7 @@ class Links:
                 validation.check_tensor(name, given, 4, "[B, T-1, Hi, Wi]")
                 validation.check_dtype(name, given, torch.bool)
                 validation.check_shape(name, given, (B, pairs, Hi, Wi), "[B, T-1, Hi, Wi]")
+                validation.check_device(name, given, flow_forward, "flow_forward")
                 occ = given
             occluded.append(occ | ~finite[n])
         own = sites(grid, device=flow_forward.device)
@@ -209,34 +193,42 @@ def occlusion(
     threshold_warped: bool = False,
     motion_boundary: bool = False,
 ) -> Tensor:  # bool [B, T-1, Hi, Wi]
-    """Return where the forward-backward check (or a motion boundary) says the flow cannot be trusted."""
+    """Return where the forward-backward check (or a motion boundary) says the flow cannot be trusted.
+
+    Where a length overflows float32 the check says nothing, so the pixel counts as occluded.
+    """
     warped = warp(opposite.flatten(0, 1), flow.flatten(0, 1)).reshape(flow.shape)
     error = (flow + warped).square().sum(2)
     squares = flow.square().sum(2)
     if check == "U":
         other = warped if threshold_warped else opposite
         bound = alpha * (squares.sqrt() + other.square().sum(2).sqrt()) + beta
-        occluded = error.sqrt() > bound
+        occluded = _exceeds(error.sqrt(), bound)
     elif check == "S":
-        occluded = error > alpha * (squares + warped.square().sum(2)) + beta
+        occluded = _exceeds(error, alpha * (squares + warped.square().sum(2)) + beta)
     else:
         occluded = torch.zeros_like(squares, dtype=torch.bool)
     if motion_boundary:
         right = torch.nn.functional.pad(flow[..., 1:] - flow[..., :-1], (0, 1))
         below = torch.nn.functional.pad(flow[..., 1:, :] - flow[..., :-1, :], (0, 0, 0, 1))
         gradient = right.square().sum(2) + below.square().sum(2)
-        occluded = occluded | (gradient > 0.01 * squares + 0.002)
+        occluded = occluded | _exceeds(gradient, 0.01 * squares + 0.002)
     return occluded
+
+
+def _exceeds(x: Tensor, bound: Tensor) -> Tensor:
+    """Return where ``x > bound``, and wherever either is not finite: inf > inf would say no."""
+    return ~((x <= bound) & torch.isfinite(bound))
 
 
 def _resize_matrix(size: int, target: int, kind: str) -> Tensor:
     """Return the float64 ``[target, size]`` matrix that resizes one axis in half-pixel geometry."""
-    scale = size / target
-    if kind == "nearest":
-        source = torch.floor((torch.arange(target) + 0.5) * scale).long().clamp(max=size - 1)
+    if kind == "nearest":  # floor((o + 0.5) * size / target), in integers: a rounded ratio picks a neighbour
+        source = (2 * torch.arange(target, device="cpu") + 1) * size // (2 * target)
         return torch.nn.functional.one_hot(source, size).double()
-    pixel = torch.arange(size, dtype=torch.float64)
-    cell = torch.arange(target, dtype=torch.float64)[:, None]
+    scale = size / target
+    pixel = torch.arange(size, dtype=torch.float64, device="cpu")
+    cell = torch.arange(target, dtype=torch.float64, device="cpu")[:, None]
     if target >= size:  # bilinear, border clamp
         where = ((cell + 0.5) * scale - 0.5).clamp(0, size - 1)
         return (1 - (where - pixel).abs()).clamp(min=0)
@@ -254,7 +246,8 @@ def resize_flow(flow: Tensor, grid: Grid, resize: str = "area") -> Tensor:
     rows = _resize_matrix(Hi, grid[0], resize).to(flow)
     columns = _resize_matrix(Wi, grid[1], resize).to(flow)
     ratio = torch.tensor((grid[1] / Wi, grid[0] / Hi), dtype=flow.dtype, device=flow.device)
-    return (rows @ flow @ columns.mT) * ratio[:, None, None]
+    with backends.without_autocast(flow.device):
+        return (rows @ flow @ columns.mT) * ratio[:, None, None]
 
 
 def pool_occlusion(occluded: Tensor, grid: Grid, occ_pool: str = "max") -> Tensor:
@@ -264,14 +257,15 @@ def pool_occlusion(occluded: Tensor, grid: Grid, occ_pool: str = "max") -> Tenso
     """
 
     def membership(size: int, target: int) -> Tensor:
-        table = torch.zeros(target, size, dtype=torch.float32)
+        table = torch.zeros(target, size, dtype=torch.float32, device="cpu")
         for cell in range(target):
             first, stop = cell * size // target, -(-(cell + 1) * size // target)
             table[cell, first:stop] = 1.0
         return table.to(occluded.device)
 
     rows, columns = membership(occluded.shape[-2], grid[0]), membership(occluded.shape[-1], grid[1])
-    count = rows @ occluded.float() @ columns.mT
+    with backends.without_autocast(occluded.device):
+        count = rows @ occluded.float() @ columns.mT
     if occ_pool == "max":
         return count > 0.5
     return count > 0.5 * rows.sum(1)[:, None] * columns.sum(1)

@@ -7,11 +7,11 @@ import threading
 import torch
 from torch import Tensor
 
-from zsvr_kernels import validation
-from zsvr_kernels.links import check_grid
+from zsvr_kernels import inverse_index, validation
+from zsvr_kernels.inverse_index import Index
 from zsvr_kernels.sampling import Grid
 
-Index = tuple[Tensor, Tensor, Tensor]
+_building = threading.Lock()  # of the module: a lock made in __init__ could not be traced by torch.compile
 
 
 class Trajectories:
@@ -19,7 +19,7 @@ class Trajectories:
 
     Build it with `chain_links` or `Trajectories.from_positions`.
 
-    Attributes:
+    Attributes (they cannot be set; shapes, dtypes and devices are checked when the object is made):
         positions: float32 ``[B, T, L, P, 2]``, (x, y) in token-grid pixels; may require a gradient.
         valid: bool ``[B, T, L, P]``, false where the slot must not be read.
         frames: int32 ``[T, L]``, the frame of each slot, -1 = absent.
@@ -30,12 +30,27 @@ class Trajectories:
     """
 
     def __init__(self, positions: Tensor, valid: Tensor, frames: Tensor, grid: Grid) -> None:
-        self.positions = positions
-        self.valid = valid
-        self.frames = frames
-        self.grid = grid
-        self._lock = threading.Lock()
+        self._grid = validation.check_trajectory_fields(positions, valid, frames, grid)
+        self._positions = positions
+        self._valid = valid
+        self._frames = frames
         self._index: tuple[tuple[int, ...], Index] | None = None
+
+    @property
+    def positions(self) -> Tensor:
+        return self._positions
+
+    @property
+    def valid(self) -> Tensor:
+        return self._valid
+
+    @property
+    def frames(self) -> Tensor:
+        return self._frames
+
+    @property
+    def grid(self) -> Grid:
+        return self._grid
 
     @classmethod
     def from_positions(cls, positions: Tensor, valid: Tensor, frames: Tensor, grid: Grid) -> Trajectories:
@@ -50,29 +65,14 @@ class Trajectories:
         Raises:
             TypeError, ValueError: tensors that do not fit, a non-finite valid position, a frame below -1.
         """
-        grid = check_grid(grid)
-        validation.check_tensor("positions", positions, 5, "[B, T, L, P, 2]")
-        validation.check_dtype("positions", positions, torch.float32)
-        B, T, L = positions.shape[:3]
-        if min(B, T, L) < 1:
-            raise ValueError(f"B, T and L must be at least 1, got positions {tuple(positions.shape)}")
-        expected = (B, T, L, grid[0] * grid[1], 2)
-        validation.check_shape("positions", positions, expected, f"on a {grid[0]}x{grid[1]} grid")
-        validation.check_tensor("valid", valid, 4, "[B, T, L, P]")
-        validation.check_dtype("valid", valid, torch.bool)
-        validation.check_shape("valid", valid, expected[:4], "[B, T, L, P]")
-        validation.check_tensor("frames", frames, 2, "[T, L]")
-        validation.check_dtype("frames", frames, torch.int32)
-        validation.check_shape("frames", frames, (T, L), "[T, L]")
-        if len({x.device for x in (positions, valid, frames)}) != 1:
-            raise ValueError("positions, valid and frames must be on one device")
+        trajectories = cls(positions, valid, frames, grid)
         if int(frames.min()) < -1:
             raise ValueError(f"frames holds {int(frames.min())}, but entries must be -1 (absent) or a frame")
         bad = ~torch.isfinite(positions.detach()).all(-1) & valid
         if bool(bad.any()):
             where = tuple(bad.nonzero()[0].tolist())
             raise ValueError(f"positions[{where}] is not finite, but valid is true there: mark it invalid")
-        return cls(positions, valid, frames, grid)
+        return trajectories
 
     @property
     def slots(self) -> int:
@@ -97,17 +97,18 @@ class Trajectories:
             offsets int64 ``[B*Tk*P + 1]``, samples int32 ``[nnz]``, weights float32 ``[nnz]``.
 
         Raises:
-            ValueError: ``frames`` holds an index beyond ``Tk - 1``, or ``T*L*P`` reaches 2^31.
+            TypeError, ValueError: ``Tk`` is not an int of at least 1, ``frames`` holds an index beyond ``Tk - 1``,
+                the tensors are not on the CPU, or ``T*L*P`` reaches 2^31.
             RuntimeError: the native module is missing.
         """
-        from zsvr_kernels.ops.trajectory_attention import cpu
-
         tensors = (self.positions, self.valid, self.frames)
-        key = (Tk, *(x.data_ptr() for x in tensors), *(x._version for x in tensors))
-        with self._lock:
+        if any(x.is_inference() for x in tensors):  # they do not count their changes, so nothing can be kept
+            return inverse_index.inverse(self.positions.detach(), self.valid, self.frames, self.grid, Tk)
+        key = (Tk, *(x._version for x in tensors))  # the tensors themselves never change for others
+        with _building:
             if self._index is None or self._index[0] != key:
-                positions = self.positions.detach()
-                self._index = (key, cpu.inverse(positions, self.valid, self.frames, self.grid, Tk))
+                index = inverse_index.inverse(self.positions.detach(), self.valid, self.frames, self.grid, Tk)
+                self._index = (key, index)
             return self._index[1]
 
     def __getstate__(self) -> dict[str, object]:

@@ -6,10 +6,14 @@ torch.compile. Values (frame indices) are checked by the backends, next to where
 
 from __future__ import annotations
 
+import math
+import numbers
+import operator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -46,9 +50,96 @@ def check_shape(name: str, x: Tensor, expected: tuple[int, ...], why: str) -> No
         raise ValueError(f"{name} must have shape {expected} ({why}), got {tuple(x.shape)}")
 
 
-def check_device(name: str, x: Tensor, reference: Tensor) -> None:
+def check_device(name: str, x: Tensor, reference: Tensor, owner: str = "q") -> None:
     if x.device != reference.device:
-        raise ValueError(f"{name} is on {x.device}, but q is on {reference.device}: move one of them")
+        raise ValueError(f"{name} is on {x.device}, but {owner} is on {reference.device}: move one of them")
+
+
+def check_one_device(*tensors: Tensor | None) -> None:
+    """Raise ValueError unless all tensors are on one device: a fake must not answer for a mixed call."""
+    devices = {x.device for x in tensors if x is not None}
+    if len(devices) > 1:
+        raise ValueError(f"all tensors must be on one device, got {', '.join(sorted(map(str, devices)))}")
+
+
+def check_on_cpu(**tensors: Tensor | None) -> None:
+    """Raise ValueError unless every tensor is a CPU tensor with memory behind it: its address goes to native code."""
+    for name, x in tensors.items():
+        if x is None:
+            continue
+        if x.device.type != "cpu":
+            raise ValueError(f"{name} must be on cpu, got {x.device}")
+        if x.numel() and not x.data_ptr():
+            raise ValueError(f"{name} must have memory, got a storage of {x.untyped_storage().nbytes()} bytes")
+
+
+def check_int(name: str, value: object, minimum: int | None = None) -> int:
+    """Return ``value`` as an int (NumPy's ints count, bools do not), at least ``minimum``."""
+    if type(value) is not int:
+        try:
+            if isinstance(value, bool):
+                raise TypeError
+            value = operator.index(value)  # type: ignore[arg-type]
+        except TypeError:
+            raise TypeError(f"{name} must be an int, got {value!r}") from None
+    if minimum is not None and value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    return value
+
+
+def _number(value: object) -> float | None:
+    """Return a Python or NumPy number (bools are none) as a float, inf if it has no float; None if it is none."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def check_bound(name: str, value: object) -> float:
+    """Return ``value`` as a float if it is a finite number of at least 0."""
+    number = _number(value)
+    if number is None:
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not 0 <= number < math.inf:
+        raise ValueError(f"{name} must be finite and at least 0, got {value!r}")
+    return number
+
+
+def check_grid(grid: object) -> tuple[int, int]:
+    """Return ``grid`` as two positive ints ``(Hg, Wg)``, or raise."""
+    if not isinstance(grid, (tuple, list)) or len(grid) != 2:
+        raise TypeError(f"grid must be two ints (Hg, Wg), got {grid!r}")
+    return check_int("grid's Hg", grid[0], 1), check_int("grid's Wg", grid[1], 1)
+
+
+def check_links(
+    forward: Tensor,  # float32 [B, T-1, P, 2]
+    backward: Tensor,  # float32 [B, T-1, P, 2]
+    valid_forward: Tensor,  # bool [B, T-1, P]
+    valid_backward: Tensor,  # bool [B, T-1, P]
+    grid: object,
+) -> tuple[int, int]:
+    """Check the tensors of links against each other and the grid; return the grid.
+
+    Raises:
+        TypeError: not tensors, or dtypes other than float32 and bool; a grid that is not two ints.
+        ValueError: ranks, shapes or devices that do not fit.
+    """
+    Hg, Wg = check_grid(grid)
+    for name, x in (("forward", forward), ("backward", backward)):
+        check_tensor(name, x, 4, "[B, T-1, P, 2]")
+        check_dtype(name, x, torch.float32)
+        expected = (forward.shape[0], forward.shape[1], Hg * Wg, 2)
+        check_shape(name, x, expected, f"[B, T-1, P, 2] on a {Hg}x{Wg} grid")
+        check_device(name, x, forward, "forward")
+    for name, x in (("valid_forward", valid_forward), ("valid_backward", valid_backward)):
+        check_tensor(name, x, 3, "[B, T-1, P]")
+        check_dtype(name, x, torch.bool)
+        check_shape(name, x, tuple(forward.shape[:3]), "[B, T-1, P] of forward")
+        check_device(name, x, forward, "forward")
+    return Hg, Wg
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> Sizes:
@@ -97,32 +188,107 @@ def check_frame_values(frames: Tensor, Tk: int) -> None:
         raise ValueError(f"frames holds {bad}, but entries must be -1 (absent) or 0..{Tk - 1}")
 
 
+def check_trajectory_fields(
+    positions: Tensor,  # float32 [B, T, L, P, 2]
+    valid: Tensor,  # bool [B, T, L, P]
+    frames: Tensor,  # int32 [T, L]
+    grid: object,
+) -> tuple[int, int]:
+    """Check the tensors of trajectories against each other and the grid; return the grid.
+
+    Raises:
+        TypeError: not tensors, or dtypes other than float32, bool and int32; a grid that is not two ints.
+        ValueError: ranks, shapes or devices that do not fit, or an empty axis.
+    """
+    Hg, Wg = check_grid(grid)
+    check_tensor("positions", positions, 5, "[B, T, L, P, 2]")
+    check_dtype("positions", positions, torch.float32)
+    B, T, L = positions.shape[:3]
+    if min(B, T, L) < 1:
+        raise ValueError(f"B, T and L must be at least 1, got positions {tuple(positions.shape)}")
+    check_shape("positions", positions, (B, T, L, Hg * Wg, 2), f"[B, T, L, P, 2] on a {Hg}x{Wg} grid")
+    check_tensor("valid", valid, 4, "[B, T, L, P]")
+    check_dtype("valid", valid, torch.bool)
+    check_shape("valid", valid, (B, T, L, Hg * Wg), "[B, T, L, P] of positions")
+    check_device("valid", valid, positions, "positions")
+    check_tensor("frames", frames, 2, "[T, L]")
+    check_dtype("frames", frames, torch.int32)
+    check_shape("frames", frames, (T, L), "[T, L] of positions")
+    check_device("frames", frames, positions, "positions")
+    return Hg, Wg
+
+
 def check_trajectories(positions: Tensor, valid: Tensor, frames: Tensor, grid: tuple[int, int], q: Tensor) -> None:
-    """Check ``positions [Bp, T, L, P, 2]``, ``valid [Bp, T, L, P]``, ``frames [T, L]`` against ``q``."""
+    """Check ``positions [Bp, T, L, P, 2]``, ``valid [Bp, T, L, P]``, ``frames [T, L]`` also against ``q``."""
+    Hg, Wg = check_trajectory_fields(positions, valid, frames, grid)
     B, T, P = q.shape[0], q.shape[1], q.shape[2]
-    Bp, L = positions.shape[0], positions.shape[2]
-    if grid[0] * grid[1] != P:
-        raise ValueError(
-            f"trajectories live on a {grid[0]}x{grid[1]} grid ({grid[0] * grid[1]} sites), but q has P = {P} sites"
-        )
+    if Hg * Wg != P:
+        raise ValueError(f"trajectories live on a {Hg}x{Wg} grid ({Hg * Wg} sites), but q has P = {P} sites")
     if positions.shape[1] != T:
         raise ValueError(f"trajectories cover {positions.shape[1]} frames, but q has T = {T}")
-    if Bp < 1 or B % Bp != 0:
-        raise ValueError(f"trajectories are for {Bp} clips, which does not divide B = {B} of q")
-    check_shape("trajectories.positions", positions, (Bp, T, L, P, 2), "[Bp, T, L, P, 2]")
-    check_shape("trajectories.valid", valid, (Bp, T, L, P), "[Bp, T, L, P]")
-    check_shape("trajectories.frames", frames, (T, L), "[T, L]")
-    for name, x in (("positions", positions), ("valid", valid), ("frames", frames)):
-        check_device(f"trajectories.{name}", x, q)
+    if B % positions.shape[0] != 0:
+        raise ValueError(f"trajectories are for {positions.shape[0]} clips, which does not divide B = {B} of q")
+    check_device("trajectories.positions", positions, q)
+
+
+def check_inverse(
+    index: tuple[Tensor, Tensor, Tensor],  # int64 [B*Tk*P + 1], int32 [nnz], float32 [nnz]
+    valid: Tensor,  # bool [B, T, L, P]
+    Tk: int,
+) -> None:
+    """Check an inverse index of the corner gather, values too: a kernel follows them as addresses."""
+    B, T, L, P = valid.shape
+    for name, x, dtype in zip(
+        ("offsets", "samples", "weights"), index, (torch.int64, torch.int32, torch.float32), strict=True
+    ):
+        check_tensor(name, x, 1, "[nnz]")
+        check_dtype(name, x, dtype)
+        if not x.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {tuple(x.stride())}")
+    offsets, samples, weights = index
+    check_on_cpu(offsets=offsets, samples=samples, weights=weights)
+    check_shape("offsets", offsets, (B * Tk * P + 1,), "[B*Tk*P + 1]")
+    check_shape("weights", weights, tuple(samples.shape), "as samples")
+    if int(offsets[0]) != 0 or int(offsets[-1]) != samples.numel() or bool((offsets[1:] < offsets[:-1]).any()):
+        raise ValueError(f"offsets must rise from 0 to the number of samples, {samples.numel()}")
+    if samples.numel():
+        low, high = (int(x) for x in samples.aminmax())
+        if low < 0 or high >= T * L * P:
+            raise ValueError(f"samples must be 0..{T * L * P - 1} (T*L*P - 1), got {low}..{high}")
+
+
+def check_gradients(
+    q: Tensor,  # [B, T, P, H, D]
+    d_o: Tensor,  # [B, T, P, H, D]
+    dlse: Tensor | None,  # floating [B, T, P, H]
+    lse: Tensor,  # float32 [B, T, P, H]
+    needs: tuple[bool, ...],
+    wanted: int,
+) -> None:
+    """Check what a backward op gets beside its forward's inputs; ``needs`` has ``wanted`` entries."""
+    check_tensor("d_o", d_o, 5, "[B, T, P, H, D]")
+    check_dtype("d_o", d_o, q.dtype)
+    check_shape("d_o", d_o, tuple(q.shape), "the shape of q")
+    check_tensor("lse", lse, 4, "[B, T, P, H]")
+    check_dtype("lse", lse, torch.float32)
+    check_shape("lse", lse, tuple(q.shape[:4]), "[B, T, P, H] of q")
+    if dlse is not None:
+        check_tensor("dlse", dlse, 4, "[B, T, P, H]")
+        check_dtype("dlse", dlse, *FLOATS)
+        check_shape("dlse", dlse, tuple(q.shape[:4]), "[B, T, P, H] of q")
+    check_on_cpu(d_o=d_o, dlse=dlse, lse=lse)
+    if len(needs) != wanted:
+        raise ValueError(f"needs must have {wanted} entries, got {len(needs)}")
 
 
 def check_scale(scale: object, D: int) -> float:
     """Return the logit scale: ``D ** -0.5`` for None."""
     if scale is None:
         return float(D) ** -0.5
-    if not isinstance(scale, (int, float)) or scale != scale or scale in (float("inf"), -float("inf")):
+    number = _number(scale)
+    if number is None or not abs(number) < math.inf:
         raise ValueError(f"scale must be a finite number or None (D ** -0.5), got {scale!r}")
-    return float(scale)
+    return number
 
 
 def refuse_double_backward(op: str) -> None:
@@ -133,13 +299,27 @@ def refuse_double_backward(op: str) -> None:
         )
 
 
-def check_out(out: Tensor, q: Tensor, needs_grad: bool) -> None:
-    """Check a caller's output tensor ``[B, T, P, H, D]``; it must not overlap itself or need a gradient."""
+def _addresses(x: Tensor) -> tuple[int, int]:
+    """Return the first address of a tensor's elements and the one after the last."""
+    if not x.numel():
+        return 0, 0
+    span = sum(stride * (size - 1) for stride, size in zip(x.stride(), x.shape, strict=True)) + 1
+    return x.data_ptr(), x.data_ptr() + span * x.element_size()
+
+
+def check_out(out: Tensor, q: Tensor, needs_grad: bool, inputs: dict[str, Tensor]) -> None:
+    """Check a caller's output tensor ``[B, T, P, H, D]``: it overlaps neither itself nor an input, needs no gradient.
+
+    ``inputs`` are the tensors the call reads, by name. Memory is compared by range: views that interleave count as
+    overlapping.
+    """
     check_tensor("out", out, 5, "[B, T, P, H, D]")
     check_shape("out", out, tuple(q.shape), "the shape of q")
     check_device("out", out, q)
     if out.dtype != q.dtype:
-        raise TypeError(f"out is {out.dtype}, but q is {q.dtype}")
+        device = q.device.type
+        cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        raise TypeError(f"out is {out.dtype}, but q is {q.dtype}" + (" under autocast" if cast else ""))
     if needs_grad or out.requires_grad:
         raise ValueError("out= does not record gradients: call under torch.no_grad(), or leave it out")
     if out.stride(4) != 1:
@@ -150,3 +330,10 @@ def check_out(out: Tensor, q: Tensor, needs_grad: bool) -> None:
         if stride <= span:
             raise ValueError(f"out overlaps itself (strides {tuple(out.stride())}): give it own memory")
         span += stride * (size - 1)
+    if torch.compiler.is_compiling() or isinstance(out, FakeTensor):
+        return  # no addresses to compare
+    first, stop = _addresses(out)
+    for name, x in inputs.items():
+        begin, end = _addresses(x)
+        if begin < stop and first < end:
+            raise ValueError(f"out overlaps {name} in memory: give it own memory")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 import zsvr_kernels as zk
+from zsvr_kernels import _native
 from zsvr_kernels.ops.chain_links.reference import chain_links_reference, slot_frames
 from zsvr_kernels.sampling import sites
 
@@ -94,6 +96,39 @@ def test_a_window_is_a_part_of_the_whole(generator):
                 assert not part.valid[0, i, slot].any()
 
 
+def test_a_window_beyond_the_clip_reaches_all_of_it(generator):
+    links = random_links(1, 4, (6, 8), generator)
+    whole = zk.chain_links(links, window=3)
+    for window in (4, 1000, 2**62, 2**200):
+        for backend in ("cpu", "reference"):
+            got = zk.chain_links(links, window=window, backend=backend)
+            assert got.positions.shape == (1, 4, 7, 48, 2)
+            for name in ("positions", "valid", "frames"):
+                assert torch.equal(getattr(got, name), getattr(whole, name)), (window, backend, name)
+
+
+@pytest.mark.skipif(not _native.is_available(), reason="the native module is not built")
+@pytest.mark.parametrize("window", [None, 1, 9])
+def test_compile_fullgraph_chains_and_attends(window, generator):
+    links = random_links(1, 3, (4, 5), generator)
+    q, k, v = torch.randn(3, 1, 3, 20, 2, 16, generator=generator).unbind(0)
+
+    def layer(q, k, v):
+        trajectories = zk.chain_links(links, window=window)
+        return zk.trajectory_attention(q, k, v, trajectories), trajectories.positions
+
+    expected = layer(q, k, v)
+    torch._dynamo.reset()
+    got = torch.compile(layer, fullgraph=True, backend="aot_eager")(q, k, v)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    chained = torch.compile(lambda x: zk.chain_links(x, window=window), fullgraph=True, backend="aot_eager")(links)
+    assert torch.equal(chained.positions, expected[1]) and chained.grid == (4, 5)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    # What the graph returned is an ordinary object: its inverse index can be built and kept.
+    torch.autograd.grad(zk.trajectory_attention(*leaves, chained).sum(), leaves)
+    assert chained.inverse(3) is chained.inverse(3)
+
+
 def test_nearest_equals_bilinear_for_whole_links(generator):
     links = random_links(1, 5, (6, 8), generator)
     whole = zk.Links.from_positions(
@@ -128,6 +163,9 @@ def test_arguments_are_checked(generator):
         zk.chain_links(links, window=-1)
     with pytest.raises(TypeError, match="window"):
         zk.chain_links(links, window=1.5)
+    with pytest.raises(TypeError, match="window"):
+        zk.chain_links(links, window=True)
+    assert zk.chain_links(links, window=np.int64(1)).slots == 3
     with pytest.raises(ValueError, match="rounding"):
         zk.chain_links(links, rounding="up")
     with pytest.raises(ValueError, match="link_rule"):

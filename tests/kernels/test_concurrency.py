@@ -9,8 +9,7 @@ import pytest
 import torch
 
 import zsvr_kernels as zk
-from zsvr_kernels import _native, testing
-from zsvr_kernels.ops.trajectory_attention import cpu
+from zsvr_kernels import _native, inverse_index, testing
 
 pytestmark = pytest.mark.skipif(not _native.is_available(), reason="the native module is not built")
 
@@ -35,6 +34,7 @@ def test_concurrent_calls_do_not_disturb_each_other(generator):
 
 def test_the_inverse_index_is_built_once_for_all_threads(generator):
     trajectories = testing.random_trajectories(1, 3, 3, 3, (30, 40), generator)
-    with mock.patch.object(cpu, "inverse", wraps=cpu.inverse) as built, ThreadPoolExecutor(4) as pool:
+    wrapped = mock.patch.object(inverse_index, "inverse", wraps=inverse_index.inverse)
+    with wrapped as built, ThreadPoolExecutor(4) as pool:
         indices = list(pool.map(lambda _: trajectories.inverse(3), range(16)))
     assert built.call_count == 1 and all(index is indices[0] for index in indices)

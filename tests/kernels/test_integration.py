@@ -107,10 +107,43 @@ def test_autocast_computes_in_its_dtype(name, generator):
         got = function(*tensors, extra)
     assert got.dtype == torch.bfloat16
     assert torch.equal(got, function(*(x.bfloat16() for x in tensors), extra))
+    for backend in ("cpu", "reference"):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out, lse = function(*tensors, extra, return_lse=True, backend=backend)
+        plain = function(*(x.bfloat16() for x in tensors), extra, return_lse=True, backend=backend)
+        assert out.dtype == torch.bfloat16 and lse.dtype == torch.float32
+        assert torch.equal(out, plain[0]) and torch.equal(lse, plain[1]), backend
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+            again = compiled(*tensors, extra, return_lse=True, backend=backend)
+        assert [x.dtype for x in again] == [torch.bfloat16, torch.float32]
+        torch.testing.assert_close(again, plain)
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        pytest.raises(TypeError, match=r"out is torch\.float32, but q is torch\.bfloat16 under autocast"),
+    ):
+        function(*tensors, extra, out=torch.empty_like(tensors[0]))
     leaves = [x.requires_grad_() for x in tensors]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = function(*leaves, extra).float().sum()
     assert all(g.dtype == torch.float32 for g in torch.autograd.grad(loss, leaves))
+
+
+@pytest.mark.parametrize("occ_pool", ["max", "mean"])
+@pytest.mark.parametrize("resize", ["area", "antialias", "nearest"])
+def test_autocast_leaves_links_alone(resize, occ_pool, generator):
+    flow, back = 3 * torch.randn(2, 1, 2, 2, 40, 60, generator=generator)
+    options = {"grid": (4, 5), "resize": resize, "occ_pool": occ_pool, "alpha": 0.5, "beta": 4.0}
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            links = zk.Links.from_flow(flow, back, **options)
+            results.append((links, zk.chain_links(links, backend="cpu"), zk.chain_links(links, backend="reference")))
+    for plain, cast in zip(*results, strict=True):
+        for name in ("forward", "backward", "valid_forward", "valid_backward", "positions", "valid"):
+            if hasattr(plain, name):
+                assert torch.equal(getattr(plain, name), getattr(cast, name)), name
+    assert results[0][0].forward.dtype == torch.float32
 
 
 @both

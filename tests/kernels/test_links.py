@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -35,6 +37,13 @@ def test_area_resize_of_whole_ratios_is_average_pooling(generator):
 def test_resize_rows_sum_to_one(kind, sizes):
     rows = _resize_matrix(*sizes, kind).sum(1)
     torch.testing.assert_close(rows, torch.ones_like(rows))
+
+
+def test_nearest_resize_follows_exact_arithmetic():
+    sizes = [(size, target) for size in range(1, 50) for target in range(1, 50)] + [(2, 41), (1023, 997), (480, 7)]
+    for size, target in sizes:
+        expected = [int((Fraction(o) + Fraction(1, 2)) * Fraction(size, target)) for o in range(target)]
+        assert _resize_matrix(size, target, "nearest").argmax(1).tolist() == expected, (size, target)
 
 
 def test_area_resize_matches_opencv():
@@ -106,6 +115,39 @@ def test_non_finite_flow_is_occluded_and_zero():
     assert torch.isfinite(links.forward).all() and torch.isfinite(links.backward).all()
     assert not links.valid_forward[0, 0, 0] and not links.valid_forward[0, 0, 15]
     assert links.valid_forward.sum() == 14
+
+
+@pytest.mark.parametrize("check", ["U", "S"])
+@pytest.mark.parametrize("size", [1e19, 1.8e19, 3e38])
+def test_flow_whose_length_overflows_is_occluded(check, size):
+    flow = torch.zeros(1, 1, 2, 8, 8)
+    flow[0, 0, :, 1, 1] = size
+    for opposite in (torch.zeros_like(flow), flow, -flow):
+        links = zk.Links.from_flow(flow, opposite, grid=(8, 8), check=check)
+        assert not links.valid_forward[0, 0, 9]
+        assert links.valid_forward[0, 0, 40:].all()
+
+
+def test_given_bounds_are_finite_numbers():
+    flow = torch.zeros(1, 1, 2, 8, 8)
+    for name in ("alpha", "beta"):
+        for bad in (float("nan"), float("inf"), -0.1, 10**400):
+            with pytest.raises(ValueError, match=name):
+                zk.Links.from_flow(flow, flow, grid=(4, 4), **{name: bad})
+        for bad in ("1", True, torch.ones(()), [1.0]):
+            with pytest.raises(TypeError, match=name):
+                zk.Links.from_flow(flow, flow, grid=(4, 4), **{name: bad})
+        zk.Links.from_flow(flow, flow, grid=(4, 4), **{name: np.float32(0.1)})
+    mask = torch.zeros(1, 1, 8, 8, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"occ_backward is on meta"):
+        zk.Links.from_flow(flow, flow, grid=(4, 4), occ_forward=mask, occ_backward=mask.to("meta"))
+
+
+def test_links_print_in_one_line():
+    flow = torch.zeros(2, 3, 2, 8, 8)
+    links = zk.Links.from_flow(flow, flow, grid=(np.int64(4), 5))
+    assert repr(links) == "Links(B=2, T=4, grid=(4, 5), valid=100%, 100%)"
+    assert "valid=none" in repr(zk.Links.from_flow(flow[:, :0], flow[:, :0], grid=(4, 5)))
 
 
 def test_rounding_and_given_occlusion(generator):
@@ -198,6 +240,24 @@ def test_presets():
     mixed = zk.index_list(3, [zk.absolute(-1), zk.relative(-1), zk.relative(0)], dedupe=True)
     assert mixed.tolist() == [[2, 0, -1], [2, 0, 1], [2, 1, -1]]
     assert zk.neighbors(5).dtype == torch.int32
+    assert zk.neighbors(np.int64(4), (np.int32(-1), 1)).tolist() == zk.neighbors(4).tolist()
+
+
+@pytest.mark.parametrize(
+    ("border", "expected"),
+    [
+        ("replicate", [[0, 1, 0], [1, 2, 0], [2, 2, 1]]),
+        ("drop", [[-1, 1, -1], [-1, 2, 0], [-1, -1, 1]]),
+        ("reflect", [[0, 1, 1], [1, 2, 0], [2, 1, 1]]),
+    ],
+)
+def test_every_item_has_the_border_rule(border, expected):
+    # Frames outside a window of a long clip are missing, whether named relatively or absolutely.
+    def table(frame):
+        return zk.index_list(3, [zk.absolute(frame), zk.relative(1), zk.relative(-1)], border=border).tolist()
+
+    assert table(7) == table(-4) == expected
+    assert zk.index_list(2, [zk.absolute(5)], border="drop").tolist() == [[0], [1]]
 
 
 @settings(deadline=None, max_examples=60, derandomize=True)
@@ -231,5 +291,8 @@ def test_bad_tables_are_refused():
     ):
         with pytest.raises(ValueError, match=r"at least|border|outside"):
             call()
-    with pytest.raises(TypeError):
-        zk.neighbors(3, (0.5,))
+    for bad in (0.5, True, "1", None):
+        with pytest.raises(TypeError, match="must be an int"):
+            zk.neighbors(3, (bad,))
+        with pytest.raises(TypeError, match="must be an int"):
+            zk.neighbors(bad)

@@ -96,6 +96,11 @@ def test_neighbours_and_trajectories_merge_into_one_softmax(isa, generator):
         (lambda o, m: (o, m, o[:, :1], m), ValueError, "out2 must have shape"),
         (lambda o, m: (o[0], m, o, m), ValueError, "5 axes"),
         (lambda o, m: (o, None, o, m), TypeError, "lse1 must be a torch.Tensor"),
+        (lambda o, m: (o, m, o, m.double()), TypeError, "lse2 must be float32, got float64"),
+        (lambda o, m: (o, m.double(), o, m.double()), TypeError, "lse1 must be float32, got float64"),
+        (lambda o, m: (o.double(), m, o.double(), m), TypeError, "lse1 must be float64, got float32"),
+        (lambda o, m: (o, m, o.to("meta"), m), ValueError, "out2 is on meta"),
+        (lambda o, m: (o, m, o, m.to("meta")), ValueError, "lse2 is on meta"),
     ],
 )
 def test_what_does_not_fit_is_named(change, error, match):

@@ -121,6 +121,32 @@ def test_one_live_slot_returns_its_sample_exactly(isa, dtype, generator):
         assert ((out[0, i].double() - expected).abs() <= 0.51 * eps * expected.abs() + 4e-7).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("scale", [0.0, -0.5])
+def test_dead_slots_stay_dead_at_any_scale(isa, scale, dtype, generator):
+    # Dead slots must not take part even where every live logit is 0 or the largest product gets the smallest logit.
+    q, k, v, trajectories = inputs((1, 1, 3, 3, (5, 7), 2, 24, 4), dtype, generator, dead=0.5)
+    weights = torch.randn(q.shape, generator=generator), torch.randn(q.shape[:4], generator=generator)
+    weights = weights[0].to(dtype).float(), weights[1]
+    where = (trajectories.valid, trajectories.frames, trajectories.grid, scale)
+
+    def kernel(q, k, v, positions):
+        moved = with_positions(trajectories, positions)
+        return zk.trajectory_attention(q, k, v, moved, scale=scale, return_lse=True, backend="cpu")
+
+    def eager(q, k, v, positions):
+        return testing.eager_trajectory_attention(q, k, v, with_positions(trajectories, positions), scale)
+
+    tensors = (q, k, v, trajectories.positions)
+    ours = differentiate(kernel, tensors, weights)
+    exact = differentiate(lambda *x: reference(*x, *where), [x.double() for x in tensors], weights)
+    plain = differentiate(eager, tensors, weights)
+    names = ("o", "lse", "dq", "dk", "dv", "dpositions")
+    for name, got, expected, comparable in zip(names, ours, exact, plain, strict=True):
+        gradient = name.startswith("d")
+        testing.assert_within_budget(got, expected, comparable, f"{name} at {isa}", gradient=gradient)
+
+
 def test_no_live_slot_gives_zero(isa, generator):
     q, k, v, trajectories = inputs((1, 1, 2, 2, (3, 5), 2, 24, 2), torch.float32, generator)
     trajectories.valid.fill_(False)
@@ -263,6 +289,37 @@ def test_inverse_index_is_cached_until_positions_change(generator):
     weight = torch.randn(out.shape, generator=generator)
     gradients = [torch.autograd.grad(x, k, weight)[0] for x in (out, expected)]
     torch.testing.assert_close(*gradients)
+
+
+def test_trajectories_cannot_be_exchanged_between_forward_and_backward(generator):
+    q, k, v, trajectories = inputs((1, 1, 2, 2, (3, 5), 1, 16, 2), torch.float32, generator)
+    out = zk.trajectory_attention(q, k.requires_grad_(), v, trajectories, backend="cpu")
+    for name, other in (
+        ("positions", trajectories.positions[:, :1, :1]),
+        ("valid", trajectories.valid[:, :1]),
+        ("frames", trajectories.frames[:1]),
+        ("grid", (1, 1)),
+    ):
+        with pytest.raises(AttributeError):
+            setattr(trajectories, name, other)
+    trajectories.frames.fill_(0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_inverse_says_what_does_not_fit(generator):
+    trajectories = testing.random_trajectories(1, 2, 2, 3, (3, 4), generator)
+    for bad, error in ((-5, ValueError), (0, ValueError), (1.5, TypeError), (None, TypeError), (True, TypeError)):
+        with pytest.raises(error, match="Tk must be"):
+            trajectories.inverse(bad)
+    with pytest.raises(ValueError, match="cpu"):
+        trajectories.to("meta").inverse(2)
+    with torch.inference_mode():
+        moved = zk.Trajectories(trajectories.positions + 0, trajectories.valid, trajectories.frames, (3, 4))
+    first = moved.inverse(2)
+    with torch.inference_mode():
+        moved.positions.fill_(0.0)
+    assert not torch.equal(moved.inverse(2)[0], first[0])
 
 
 def test_trajectories_survive_pickling_and_moving(generator):

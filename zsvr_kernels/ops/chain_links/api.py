@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from zsvr_kernels import backends
+from zsvr_kernels import backends, validation
 from zsvr_kernels.links import ROUNDINGS, Links
 from zsvr_kernels.ops.chain_links import registration  # noqa: F401  (defines torch.ops.zsvr.chain_links)
 from zsvr_kernels.ops.chain_links.reference import chain_links_reference, slot_frames
@@ -29,7 +29,8 @@ def chain_links(
 
     Args:
         links: from `Links.from_flow` or `Links.from_positions`, for T frames.
-        window: None: every frame has a slot, ``L = T``; w >= 0: the 2w+1 frames around the own one.
+        window: None: every frame has a slot, ``L = T``; w >= 0: the 2w+1 frames around the own one. More than
+            ``T - 1`` reaches no further frame and counts as ``T - 1``.
         rounding: ``"nearest"`` rounds every link to a site first.
         link_rule: the link taken from a sub-pixel position is valid if it is valid at the ``"nearest"`` site, or
             at all ``"corners"`` of non-zero weight.
@@ -39,7 +40,8 @@ def chain_links(
         Trajectories, 9 bytes for each of ``B*T*L*P`` slots. No gradient flows through.
 
     Raises:
-        TypeError, ValueError: not links, a negative window, unknown options.
+        TypeError, ValueError: not links, links whose tensors do not fit each other or the grid, a negative window,
+            unknown options.
 
     Example:
         >>> flow = torch.zeros(1, 7, 2, 96, 128)
@@ -49,21 +51,19 @@ def chain_links(
     """
     if not isinstance(links, Links):
         raise TypeError(f"links must be zsvr_kernels.Links, got {type(links).__name__}")
-    if window is not None and (isinstance(window, bool) or not isinstance(window, int)):
-        raise TypeError(f"window must be an int or None, got {window!r}")
-    if window is not None and window < 0:
-        raise ValueError(f"window must be at least 0, got {window}")
+    fields = (links.forward, links.backward, links.valid_forward, links.valid_backward)
+    grid = validation.check_links(*fields, links.grid)
+    if window is not None:
+        window = min(validation.check_int("window", window, 0), links.frames - 1)
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
     if link_rule not in LINK_RULES:
         raise ValueError(f"link_rule must be one of {', '.join(LINK_RULES)}, got {link_rule!r}")
-    fields = (links.forward, links.backward, links.valid_forward, links.valid_backward)
     call = backends.Call("chain_links", links.forward.device.type, links.forward.dtype, None)
     backend = backends.choose(backend, call)
     nearest, corners = rounding == "nearest", link_rule == "corners"
     if backend == "reference":
-        positions, valid = chain_links_reference(*fields, links.grid, window, nearest, corners)
+        positions, valid = chain_links_reference(*fields, grid, window, nearest, corners)
     else:
-        positions, valid = torch.ops.zsvr.chain_links(*fields, *links.grid, window, nearest, corners, backend)
-    frames = slot_frames(links.frames, window).to(positions.device)
-    return Trajectories(positions, valid, frames, links.grid)
+        positions, valid = torch.ops.zsvr.chain_links(*fields, *grid, window, nearest, corners, backend)
+    return Trajectories(positions, valid, slot_frames(links.frames, window, positions.device), grid)

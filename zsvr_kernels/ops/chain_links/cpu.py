@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zsvr_kernels import _native
+from zsvr_kernels import _native, validation
 
 
 def launch(
@@ -19,12 +19,17 @@ def launch(
     corners: bool,
 ) -> tuple[Tensor, Tensor]:  # positions fp32 [B, T, L, P, 2], valid bool [B, T, L, P]
     native = _native.module()
+    grid = validation.check_links(forward, backward, valid_forward, valid_backward, grid)
+    fields = {"forward": forward, "backward": backward}
+    validation.check_on_cpu(**fields, valid_forward=valid_forward, valid_backward=valid_backward)
+    if window is not None and not 0 <= window <= forward.shape[1]:
+        raise ValueError(f"window must be None or 0..T-1 = {forward.shape[1]}, got {window}")
     inputs = [x.contiguous() for x in (forward, backward, valid_forward, valid_backward)]
     B, pairs, P, _ = forward.shape
     T = pairs + 1
     L = T if window is None else 2 * window + 1
     positions = forward.new_empty(B, T, L, P, 2)
-    valid = torch.empty(B, T, L, P, dtype=torch.bool)
+    valid = torch.empty(B, T, L, P, dtype=torch.bool, device="cpu")
     p = native.ChainLinksParams()
     p.B, p.T, p.Hg, p.Wg = B, T, *grid
     p.window = -1 if window is None else window

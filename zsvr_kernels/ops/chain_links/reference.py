@@ -8,11 +8,11 @@ from torch import Tensor
 from zsvr_kernels.sampling import Grid, bilinear_sample, is_inside, nearest_site, sites
 
 
-def slot_frames(T: int, window: int | None) -> Tensor:
+def slot_frames(T: int, window: int | None, device: torch.device | str = "cpu") -> Tensor:
     """Return the frame of each slot, int32 ``[T, L]``: all frames, or the window around the own frame."""
     if window is None:
-        return torch.arange(T, dtype=torch.int32).expand(T, T).contiguous()
-    frames = torch.arange(T)[:, None] + torch.arange(-window, window + 1)
+        return torch.arange(T, dtype=torch.int32, device=device).expand(T, T).contiguous()
+    frames = torch.arange(T, device=device)[:, None] + torch.arange(-window, window + 1, device=device)
     return frames.masked_fill((frames < 0) | (frames >= T), -1).to(torch.int32)
 
 
@@ -20,7 +20,7 @@ def _corners_valid(valid: Tensor, positions: Tensor, grid: Grid) -> Tensor:
     """Return whether all corners of non-zero weight are valid; ``valid [B, P]``, ``positions [B, M, 2]``."""
     Hg, Wg = grid
     x, y = positions[..., 0].clamp(0, Wg - 1), positions[..., 1].clamp(0, Hg - 1)
-    x0, y0 = x.floor(), y.floor()
+    x0, y0 = x.floor().nan_to_num(0.0), y.floor().nan_to_num(0.0)
     right, below = (x > x0).long(), (y > y0).long()
     corner = y0.long() * Wg + x0.long()
     result = torch.ones_like(corner, dtype=torch.bool)

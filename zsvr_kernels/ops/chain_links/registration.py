@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zsvr_kernels.validation import check_one_device
+
 _LAUNCHERS = {"cpu": "cpu"}  # backend -> module beside this one with launch
 
 _library = torch.library.Library("zsvr", "FRAGMENT")
@@ -18,6 +20,8 @@ _library.define(
 
 
 def _launcher(backend: str) -> Any:
+    if backend not in _LAUNCHERS:
+        raise ValueError(f"backend must be one of {', '.join(_LAUNCHERS)}, got {backend!r}")
     return importlib.import_module(f"{__package__}.{_LAUNCHERS[backend]}")
 
 
@@ -53,6 +57,7 @@ def _chain_fake(
     corners: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
+    check_one_device(forward, backward, valid_forward, valid_backward)
     B, pairs, P, _ = forward.shape
     L = pairs + 1 if window is None else 2 * window + 1
     shape = (B, pairs + 1, L, P)

@@ -66,7 +66,7 @@ def cross_frame_attention(
         return_lse: also return the log-sum-exp of the logits. It is differentiable.
         backend: ``"auto"``, ``"reference"``, ``"cpu"`` or ``"sdpa"``; see `explain`.
         out: tensor ``[B, T, P, H, D]`` to write instead of a new one, where no gradient is needed. It must
-            not share memory with q, k or v.
+            not share memory with an input: address ranges that overlap are refused, interleaved views too.
 
     Returns:
         ``[B, T, P, H, D]`` of q's dtype; with ``return_lse`` also float32 ``[B, T, P, H]``, natural log.
@@ -83,13 +83,13 @@ def cross_frame_attention(
         >>> zsvr_kernels.cross_frame_attention(q, k, v, zsvr_kernels.neighbors(8)).shape
         torch.Size([1, 8, 256, 4, 64])
     """
-    q, k, v = backends.autocast(q, k, v) if isinstance(q, Tensor) else (q, k, v)
+    q, k, v = backends.autocast(q, k, v)
     sizes = validation.check_qkv(q, k, v)
     validation.check_frames(frames, q)
     scale = validation.check_scale(scale, sizes.D)
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if out is not None:
-        validation.check_out(out, q, needs_grad)
+        validation.check_out(out, q, needs_grad, {"q": q, "k": k, "v": v, "frames": frames})
     call = backends.Call("cross_frame_attention", q.device.type, q.dtype, sizes.D, needs_grad, return_lse)
     backend = backends.choose(backend, call)
 

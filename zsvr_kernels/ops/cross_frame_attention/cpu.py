@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zsvr_kernels import _native
+from zsvr_kernels import _native, validation
 
 
 def _fill_common(p: Any, q: Tensor, k: Tensor, v: Tensor, frames: Tensor, scale: float) -> None:
@@ -16,6 +16,14 @@ def _fill_common(p: Any, q: Tensor, k: Tensor, v: Tensor, frames: Tensor, scale:
     p.dtype, p.scale = _native.DTYPES[q.dtype], scale
     p.q, p.k, p.v = _native.tokens(q), _native.tokens(k), _native.tokens(v)
     p.frames = frames.data_ptr()
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, frames: Tensor) -> None:
+    """Raise unless native code may follow these tensors' addresses; metadata only."""
+    validation.check_qkv(q, k, v)
+    validation.check_dtype("q", q, *_native.DTYPES)
+    validation.check_frames(frames, q)
+    validation.check_on_cpu(q=q, k=k, v=v, frames=frames)
 
 
 def launch_fwd(
@@ -27,8 +35,12 @@ def launch_fwd(
     out: Tensor | None = None,  # [B, T, P, H, D], written in place if given
 ) -> tuple[Tensor, Tensor]:  # out, lse fp32 [B, T, P, H]
     native = _native.module()
+    _check(q, k, v, frames)
     if out is None:
         out = q.new_empty(q.shape)
+    else:
+        validation.check_out(out, q, False, {"q": q, "k": k, "v": v, "frames": frames})
+        validation.check_on_cpu(out=out)
     lse = q.new_empty(q.shape[:4], dtype=torch.float32)
     frames = frames.contiguous()
     p = native.CrossFrameAttentionParams()
@@ -54,7 +66,14 @@ def launch_bwd(
     needs: tuple[bool, bool, bool],  # dq, dk, dv
 ) -> tuple[Tensor, Tensor, Tensor]:  # an empty tensor where not needed
     native = _native.module()
+    _check(q, k, v, frames)
+    validation.check_gradients(q, d_o, dlse, lse, needs, 3)
+    validation.check_tensor("o", o, 5, "[B, T, P, H, D]")
+    validation.check_dtype("o", o, q.dtype)
+    validation.check_shape("o", o, tuple(q.shape), "the shape of q")
+    validation.check_on_cpu(o=o)
     frames, lse = frames.contiguous(), lse.contiguous()
+    o = o if o.stride(-1) == 1 else o.contiguous()
     d_o = d_o if d_o.stride(-1) == 1 else d_o.contiguous()
     p = native.CrossFrameAttentionBackwardParams()
     _fill_common(p, q, k, v, frames, scale)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from zsvr_kernels.backends import without_autocast
 from zsvr_kernels.validation import check_frame_values
 
 
@@ -25,19 +26,20 @@ def cross_frame_attention_reference(
     B, T, P, H, D = q.shape
     R = frames.shape[1]
     outputs, lses = [], []
-    for i in range(T):
-        row = frames[i].long()  # [R]
-        sources = row.clamp(min=0)
-        absent = (row < 0).repeat_interleave(P)  # [R*P]
-        queries = q[:, i].to(wide).transpose(1, 2)  # [B, H, P, D]
-        keys = k.index_select(1, sources).to(wide).reshape(B, R * P, H, D).transpose(1, 2)
-        values = v.index_select(1, sources).to(wide).reshape(B, R * P, H, D).transpose(1, 2)
-        logits = scale * (queries @ keys.transpose(-1, -2))  # [B, H, P, R*P]
-        logits = logits.masked_fill(absent, -torch.inf)
-        values = values.masked_fill(absent[:, None], 0.0)  # an absent frame may hold NaN: 0 * NaN
-        lse = torch.logsumexp(logits, dim=-1)  # [B, H, P]
-        # A row without a present entry: subtracting a finite number keeps exp(-inf) = 0 and NaN away.
-        finite = torch.where(absent.all(), torch.zeros_like(lse), lse)
-        outputs.append((torch.exp(logits - finite[..., None]) @ values).transpose(1, 2))
-        lses.append(lse.transpose(1, 2))
+    with without_autocast(q.device):
+        for i in range(T):
+            row = frames[i].long()  # [R]
+            sources = row.clamp(min=0)
+            absent = (row < 0).repeat_interleave(P)  # [R*P]
+            queries = q[:, i].to(wide).transpose(1, 2)  # [B, H, P, D]
+            keys = k.index_select(1, sources).to(wide).reshape(B, R * P, H, D).transpose(1, 2)
+            values = v.index_select(1, sources).to(wide).reshape(B, R * P, H, D).transpose(1, 2)
+            logits = scale * (queries @ keys.transpose(-1, -2))  # [B, H, P, R*P]
+            logits = logits.masked_fill(absent, -torch.inf)
+            values = values.masked_fill(absent[:, None], 0.0)  # an absent frame may hold NaN: 0 * NaN
+            lse = torch.logsumexp(logits, dim=-1)  # [B, H, P]
+            # A row without a present entry: subtracting a finite number keeps exp(-inf) = 0 and NaN away.
+            finite = torch.where(absent.all(), torch.zeros_like(lse), lse)
+            outputs.append((torch.exp(logits - finite[..., None]) @ values).transpose(1, 2))
+            lses.append(lse.transpose(1, 2))
     return torch.stack(outputs, 1).to(q.dtype), torch.stack(lses, 1)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zsvr_kernels.validation import refuse_double_backward
+from zsvr_kernels.validation import check_one_device, refuse_double_backward
 
 _LAUNCHERS = {"cpu": "cpu"}  # backend -> module beside this one with launch_fwd and launch_bwd
 
@@ -31,6 +31,8 @@ _library.define(
 
 
 def _launcher(backend: str) -> Any:
+    if backend not in _LAUNCHERS:
+        raise ValueError(f"backend must be one of {', '.join(_LAUNCHERS)}, got {backend!r}")
     return importlib.import_module(f"{__package__}.{_LAUNCHERS[backend]}")
 
 
@@ -65,11 +67,13 @@ _library.impl("cross_frame_attention_bwd", _bwd, "CompositeExplicitAutograd")
 
 @torch.library.register_fake("zsvr::cross_frame_attention_fwd", lib=_library)
 def _fwd_fake(q: Tensor, k: Tensor, v: Tensor, frames: Tensor, scale: float, backend: str) -> tuple[Tensor, Tensor]:
+    check_one_device(q, k, v, frames)
     return q.new_empty(q.shape), q.new_empty(q.shape[:4], dtype=torch.float32)
 
 
 @torch.library.register_fake("zsvr::cross_frame_attention_out", lib=_library)
 def _out_fake(q: Tensor, k: Tensor, v: Tensor, frames: Tensor, scale: float, backend: str, out: Tensor) -> Tensor:
+    check_one_device(q, k, v, frames, out)
     return q.new_empty(q.shape[:4], dtype=torch.float32)
 
 
@@ -87,6 +91,7 @@ def _bwd_fake(
     needs: list[bool],
     backend: str,
 ) -> tuple[Tensor, ...]:
+    check_one_device(d_o, dlse, q, k, v, o, lse, frames)
     return tuple(q.new_empty(x.shape if n else (0,)) for x, n in zip((q, k, v), needs, strict=True))
 
 

@@ -85,7 +85,7 @@ class _Stores:
     def windows(self, group: _Group, b: int) -> Tensor:  # [J, H, width*P, D]
         J, P, H, D = len(group.queries), *self.x.shape[2:]
         if group.storage == "gather":
-            index = torch.tensor(group.sources).flatten()
+            index = torch.tensor(group.sources, device=self.x.device).flatten()
             return self.x[b, index].reshape(J, group.width * P, H, D).transpose(1, 2)
         source = self.x
         if group.storage == "parity":

@@ -68,7 +68,7 @@ def trajectory_attention(
         return_lse: also return the log-sum-exp of the logits. It is differentiable.
         backend: ``"auto"``, ``"reference"`` or ``"cpu"``; see `explain`.
         out: tensor ``[B, T, P, H, D]`` to write instead of a new one, where no gradient is needed. It must
-            not share memory with q, k or v.
+            not share memory with an input: address ranges that overlap are refused, interleaved views too.
 
     Returns:
         ``[B, T, P, H, D]`` of q's dtype; with ``return_lse`` also float32 ``[B, T, P, H]``, natural log.
@@ -92,7 +92,7 @@ def trajectory_attention(
             "trajectories must be zsvr_kernels.Trajectories (from chain_links or "
             f"Trajectories.from_positions), got {type(trajectories).__name__}"
         )
-    q, k, v = backends.autocast(q, k, v) if isinstance(q, Tensor) else (q, k, v)
+    q, k, v = backends.autocast(q, k, v)
     sizes = validation.check_qkv(q, k, v)
     positions, valid, frames = trajectories.positions, trajectories.valid, trajectories.frames
     grid = trajectories.grid
@@ -102,7 +102,8 @@ def trajectory_attention(
         q.requires_grad or k.requires_grad or v.requires_grad or positions.requires_grad
     )
     if out is not None:
-        validation.check_out(out, q, needs_grad)
+        inputs = {"q": q, "k": k, "v": v, "positions": positions, "valid": valid, "frames": frames}
+        validation.check_out(out, q, needs_grad, inputs)
     call = backends.Call("trajectory_attention", q.device.type, q.dtype, sizes.D, needs_grad, return_lse)
     backend = backends.choose(backend, call)
 

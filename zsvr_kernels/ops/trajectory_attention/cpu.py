@@ -7,20 +7,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zsvr_kernels import _native
-
-
-def _fill_trajectory(p: Any, positions: Tensor, valid: Tensor, frames: Tensor, grid: tuple[int, int], Tk: int) -> None:
-    p.Bp, p.T, p.L = valid.shape[:3]
-    p.Hg, p.Wg = grid
-    p.Tk = Tk
-    p.positions, p.valid, p.frames = positions.data_ptr(), valid.data_ptr(), frames.data_ptr()
+from zsvr_kernels import _native, validation
+from zsvr_kernels.inverse_index import fill_trajectory, inverse
 
 
 def _fill_attention(p: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
     p.B, p.H, p.D = q.shape[0], q.shape[3], q.shape[4]
     p.dtype, p.scale = _native.DTYPES[q.dtype], scale
     p.q, p.k, p.v = _native.tokens(q), _native.tokens(k), _native.tokens(v)
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, valid: Tensor, frames: Tensor, grid: tuple[int, int]
+) -> None:
+    """Raise unless native code may follow these tensors' addresses; metadata only."""
+    validation.check_qkv(q, k, v)
+    validation.check_dtype("q", q, *_native.DTYPES)
+    validation.check_trajectories(positions, valid, frames, grid, q)
+    validation.check_on_cpu(q=q, k=k, v=v, positions=positions, valid=valid, frames=frames)
 
 
 def launch_fwd(
@@ -35,12 +39,17 @@ def launch_fwd(
     out: Tensor | None = None,  # [B, T, P, H, D], written in place if given
 ) -> tuple[Tensor, Tensor]:  # out, lse fp32 [B, T, P, H]
     native = _native.module()
+    _check(q, k, v, positions, valid, frames, grid)
     if out is None:
         out = q.new_empty(q.shape)
+    else:
+        inputs = {"q": q, "k": k, "v": v, "positions": positions, "valid": valid, "frames": frames}
+        validation.check_out(out, q, False, inputs)
+        validation.check_on_cpu(out=out)
     lse = q.new_empty(q.shape[:4], dtype=torch.float32)
     positions, valid, frames = positions.contiguous(), valid.contiguous(), frames.contiguous()
     p = native.TrajectoryAttentionParams()
-    _fill_trajectory(p, positions, valid, frames, grid, k.shape[1])
+    fill_trajectory(p, positions, valid, frames, grid, k.shape[1])
     _fill_attention(p, q, k, v, scale)
     p.o, p.lse = _native.tokens(out), lse.data_ptr()
     threads = _native.threads()
@@ -48,37 +57,6 @@ def launch_fwd(
     p.workspace = workspace.data_ptr()
     native.trajectory_attention_fwd(p, _native.parallel_for(), threads)
     return out, lse
-
-
-def inverse(
-    positions: Tensor,  # fp32 [Bp, T, L, P, 2]
-    valid: Tensor,  # bool [Bp, T, L, P]
-    frames: Tensor,  # int32 [T, L]
-    grid: tuple[int, int],
-    Tk: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the inverse index of the corner gather: which samples read each source site.
-
-    Row ``(bp * Tk + j) * P + site`` owns entries ``offsets[row]..offsets[row + 1]``, ordered by sample;
-    ``sample = (i * L + l) * P + p``.
-
-    Returns:
-        offsets int64 ``[Bp*Tk*P + 1]``, samples int32 ``[nnz]``, weights float32 ``[nnz]``.
-    """
-    native = _native.module()
-    positions, valid, frames = positions.contiguous(), valid.contiguous(), frames.contiguous()
-    p = native.TrajectoryInverseParams()
-    _fill_trajectory(p, positions, valid, frames, grid, Tk)
-    offsets = torch.empty(valid.shape[0] * Tk * valid.shape[3] + 1, dtype=torch.int64)
-    p.offsets = offsets.data_ptr()
-    threads = _native.threads()
-    native.trajectory_inverse_count(p, _native.parallel_for(), threads)
-    count = int(offsets[-1])
-    samples = torch.empty(count, dtype=torch.int32)
-    weights = torch.empty(count, dtype=torch.float32)
-    p.samples, p.weights = samples.data_ptr(), weights.data_ptr()
-    native.trajectory_inverse_fill(p, _native.parallel_for(), threads)
-    return offsets, samples, weights
 
 
 def launch_bwd(
@@ -97,18 +75,23 @@ def launch_bwd(
     needs: tuple[bool, bool, bool, bool],  # dq, dk, dv, dpositions
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # an empty tensor where not needed
     native = _native.module()
+    _check(q, k, v, positions, valid, frames, grid)
+    validation.check_gradients(q, d_o, dlse, lse, needs, 4)
     positions, valid, frames = positions.contiguous(), valid.contiguous(), frames.contiguous()
     lse = lse.contiguous()
     d_o = d_o if d_o.stride(-1) == 1 else d_o.contiguous()
     p = native.TrajectoryAttentionBackwardParams()
-    _fill_trajectory(p, positions, valid, frames, grid, k.shape[1])
+    fill_trajectory(p, positions, valid, frames, grid, k.shape[1])
     _fill_attention(p, q, k, v, scale)
     p.d_o, p.lse = _native.tokens(d_o), lse.data_ptr()
     if dlse is not None:
         dlse = dlse.to(torch.float32).contiguous()
         p.dlse = dlse.data_ptr()
     if needs[1] or needs[2]:
-        index = index or inverse(positions, valid, frames, grid, k.shape[1])
+        if index is None:
+            index = inverse(positions, valid, frames, grid, k.shape[1])
+        else:
+            validation.check_inverse(index, valid, k.shape[1])
         p.offsets, p.samples, p.weights = (x.data_ptr() for x in index)
     gradients = []
     for name, x, needed in zip(("dq", "dk", "dv"), (q, k, v), needs[:3], strict=True):

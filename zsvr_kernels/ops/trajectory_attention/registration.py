@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zsvr_kernels.validation import refuse_double_backward
+from zsvr_kernels.validation import check_one_device, refuse_double_backward
 
 _LAUNCHERS = {"cpu": "cpu"}  # backend -> module beside this one with launch_fwd and launch_bwd
 
@@ -30,6 +30,8 @@ _library.define(
 
 
 def _launcher(backend: str) -> Any:
+    if backend not in _LAUNCHERS:
+        raise ValueError(f"backend must be one of {', '.join(_LAUNCHERS)}, got {backend!r}")
     return importlib.import_module(f"{__package__}.{_LAUNCHERS[backend]}")
 
 
@@ -96,12 +98,14 @@ _library.impl("trajectory_attention_bwd", _bwd, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("zsvr::trajectory_attention_fwd", lib=_library)
-def _fwd_fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _fwd_fake(q: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    check_one_device(q, *others[:5])
     return q.new_empty(q.shape), q.new_empty(q.shape[:4], dtype=torch.float32)
 
 
 @torch.library.register_fake("zsvr::trajectory_attention_out", lib=_library)
-def _out_fake(q: Tensor, *_: Any) -> Tensor:
+def _out_fake(q: Tensor, *others: Any) -> Tensor:
+    check_one_device(q, *others[:5], others[-1])
     return q.new_empty(q.shape[:4], dtype=torch.float32)
 
 
@@ -125,6 +129,7 @@ def _bwd_fake(
     needs: list[bool],
     backend: str,
 ) -> tuple[Tensor, ...]:
+    check_one_device(d_o, dlse, q, k, v, lse, positions, valid, frames, offsets, samples, weights)
     gradients = zip((q, k, v, positions), needs, strict=True)
     return tuple(x.new_empty(x.shape if needed else (0,)) for x, needed in gradients)
 
