@@ -10,6 +10,7 @@ from zsvr_kernels.ops.chain_links import registration  # noqa: F401  (defines to
 from zsvr_kernels.ops.chain_links.reference import chain_links_reference, slot_frames
 from zsvr_kernels.trajectories import Trajectories
 
+LARGEST_WINDOW = 65535
 LINK_RULES = ("nearest", "corners")
 
 
@@ -29,8 +30,8 @@ def chain_links(
 
     Args:
         links: from `Links.from_flow` or `Links.from_positions`, for T frames.
-        window: None: every frame has a slot, ``L = T``; w >= 0: the 2w+1 frames around the own one. More than
-            ``T - 1`` reaches no further frame and counts as ``T - 1``.
+        window: None: every frame has a slot, ``L = T``; 0 <= w <= 65535: the 2w+1 frames around the own one; those
+            outside the clip are absent.
         rounding: ``"nearest"`` rounds every link to a site first.
         link_rule: the link taken from a sub-pixel position is valid if it is valid at the ``"nearest"`` site, or
             at all ``"corners"`` of non-zero weight.
@@ -40,7 +41,7 @@ def chain_links(
         Trajectories, 9 bytes for each of ``B*T*L*P`` slots. No gradient flows through.
 
     Raises:
-        TypeError, ValueError: not links, links whose tensors do not fit each other or the grid, a negative window,
+        TypeError, ValueError: not links, links whose tensors do not fit each other or the grid, a window out of range,
             unknown options.
 
     Example:
@@ -54,7 +55,9 @@ def chain_links(
     fields = (links.forward, links.backward, links.valid_forward, links.valid_backward)
     grid = validation.check_links(*fields, links.grid)
     if window is not None:
-        window = min(validation.check_int("window", window, 0), links.frames - 1)
+        window = validation.check_int("window", window, 0)
+        if window > LARGEST_WINDOW:
+            raise ValueError(f"window must be at most {LARGEST_WINDOW}, got {window}; None reaches every frame")
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
     if link_rule not in LINK_RULES:
