@@ -87,6 +87,19 @@ def check_int(name: str, value: object, minimum: int | None = None) -> int:
     return value
 
 
+LARGEST_WINDOW = 65535
+
+
+def check_window(window: object) -> int | None:
+    """Return the window of a chaining: None, or an int of 0 to `LARGEST_WINDOW` frames on either side."""
+    if window is None:
+        return None
+    frames = check_int("window", window, 0)
+    if frames > LARGEST_WINDOW:
+        raise ValueError(f"window must be at most {LARGEST_WINDOW}, got {frames}; None reaches every frame")
+    return frames
+
+
 def _number(value: object) -> float | None:
     """Return a Python or NumPy number (bools are none) as a float, inf if it has no float; None if it is none."""
     if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):

@@ -10,7 +10,6 @@ from zsvr_kernels.ops.chain_links import registration  # noqa: F401  (defines to
 from zsvr_kernels.ops.chain_links.reference import chain_links_reference, slot_frames
 from zsvr_kernels.trajectories import Trajectories
 
-LARGEST_WINDOW = 65535
 LINK_RULES = ("nearest", "corners")
 
 
@@ -54,10 +53,7 @@ def chain_links(
         raise TypeError(f"links must be zsvr_kernels.Links, got {type(links).__name__}")
     fields = (links.forward, links.backward, links.valid_forward, links.valid_backward)
     grid = validation.check_links(*fields, links.grid)
-    if window is not None:
-        window = validation.check_int("window", window, 0)
-        if window > LARGEST_WINDOW:
-            raise ValueError(f"window must be at most {LARGEST_WINDOW}, got {window}; None reaches every frame")
+    window = validation.check_window(window)
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
     if link_rule not in LINK_RULES:

@@ -22,8 +22,7 @@ def launch(
     grid = validation.check_links(forward, backward, valid_forward, valid_backward, grid)
     fields = {"forward": forward, "backward": backward}
     validation.check_on_cpu(**fields, valid_forward=valid_forward, valid_backward=valid_backward)
-    if window is not None and not 0 <= window <= forward.shape[1]:
-        raise ValueError(f"window must be None or 0..T-1 = {forward.shape[1]}, got {window}")
+    window = validation.check_window(window)
     inputs = [x.contiguous() for x in (forward, backward, valid_forward, valid_backward)]
     B, pairs, P, _ = forward.shape
     T = pairs + 1
