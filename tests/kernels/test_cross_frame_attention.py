@@ -211,6 +211,26 @@ def test_any_thread_count_and_any_run_give_the_same_bits(isa, dtype, generator):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.parametrize("D", [40, 64, 160])
+def test_scores_are_sums_of_short_chains(isa, D, generator):
+    # With one key lse is the score itself. A score summed channel by channel errs more the larger it is, and the error
+    # of the largest one moves its whole row of o.
+    q, k = torch.randn(2, 1, 1, 4096, 1, D, generator=generator).unbind(0)
+    q, k = (x.transpose(1, 2).flatten(0, 1)[:, None] for x in (q, k))  # [4096, 1, 1, 1, D]
+    frames = torch.zeros(1, 1, dtype=torch.int32)
+    lse = zk.cross_frame_attention(q, k, k, frames, scale=1.0, return_lse=True, backend="cpu")[1].flatten()
+    products = q.double() * k.double()  # exact
+    exact = products.sum(-1).flatten()
+    one_chain = torch.zeros(())
+    for c in range(D):
+        one_chain = (one_chain.double() + products[..., c].flatten()).float()
+
+    def error(x):
+        return float((x.double() - exact).square().mean().sqrt())
+
+    assert error(lse) < 0.9 * error(one_chain)
+
+
 @pytest.mark.parametrize("rows", ["neighbors", "window", "mixed", "anchors", "gather"])
 def test_sdpa_backend_for_every_kind_of_table(rows, generator):
     T = 7

@@ -136,16 +136,23 @@ struct RowsAhead {
 
 // ---- scores -------------------------------------------------------------------------------------
 
-// Channels summed in one chain; longer dot products are sums of such chains, which halves their rounding error.
-inline constexpr int kChain = 64;
+// A dot product is a sum of chains of equal length, at most this many channels each: the rounding error of a large
+// score is that of its chains, and moves the whole row of o.
+inline constexpr int kLongestChain = 32;
+
+ZSVR_INLINE int chain_length(int D) {
+  const int chains = (D + kLongestChain - 1) / kLongestChain;
+  return (D + chains - 1) / chains;
+}
 
 template <int kCount, int kVec>
 ZSVR_INLINE void score_rows(const float* panel, const float* packed, int D, float* s, Vec* peak) {
   const float* row[kCount];
 #pragma GCC unroll 8
   for (int r = 0; r < kCount; ++r) row[r] = panel + r * panel_stride(D);
-  for (int begin = 0; begin < D; begin += kChain) {
-    const int end = begin + kChain < D ? begin + kChain : D;
+  const int chain = chain_length(D);
+  for (int begin = 0; begin < D; begin += chain) {
+    const int end = begin + chain < D ? begin + chain : D;
     Vec sum[kCount][kVec];
 #pragma GCC unroll 8
     for (int r = 0; r < kCount; ++r) {
