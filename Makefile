@@ -33,7 +33,7 @@ $(VENV)/.installed: constraints.txt pyproject.toml
 	$(BIN)/python -m pip install -q --upgrade pip
 	$(BIN)/python -m pip install -q -c constraints.txt torch numpy "setuptools>=77" cmake ninja pybind11 \
 	  av opencv-python-headless pillow tqdm pytest pytest-timeout pytest-benchmark hypothesis scikit-image \
-	  torchmetrics ruff mypy clang-format
+	  torchmetrics diffusers transformers accelerate safetensors ruff mypy clang-format
 	@touch $@
 
 # The package itself, editable; rebuilt when a native source changes. ZSVR_NATIVE=1: without its kernels there

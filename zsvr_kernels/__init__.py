@@ -8,6 +8,8 @@ import torch  # noqa: F401  (before the native module: one OpenMP runtime)
 
 from zsvr_kernels.backends import explain
 from zsvr_kernels.build_info import build_info
+from zsvr_kernels.context import VideoContext
+from zsvr_kernels.correction import LinkHistory, correct_links
 from zsvr_kernels.frames import (
     absolute,
     all_frames,
@@ -21,27 +23,42 @@ from zsvr_kernels.frames import (
 from zsvr_kernels.links import Links
 from zsvr_kernels.merging import merge_attention
 from zsvr_kernels.ops.chain_links import chain_links
+from zsvr_kernels.ops.correspondence_search import correspondence_search, link_score
 from zsvr_kernels.ops.cross_frame_attention import cross_frame_attention
 from zsvr_kernels.ops.trajectory_attention import trajectory_attention
+from zsvr_kernels.options import CorrectionOptions, SLROptions
+from zsvr_kernels.patching import PatchReport, patched
+from zsvr_kernels.slr import SLRAttention, slr_attention
 from zsvr_kernels.trajectories import Trajectories
 from zsvr_kernels.version import __version__
 
 __all__ = [
+    "CorrectionOptions",
+    "LinkHistory",
     "Links",
+    "PatchReport",
+    "SLRAttention",
+    "SLROptions",
     "Trajectories",
+    "VideoContext",
     "__version__",
     "absolute",
     "all_frames",
     "anchors",
     "build_info",
     "chain_links",
+    "correct_links",
+    "correspondence_search",
     "cross_frame_attention",
     "explain",
     "first_and_previous",
     "index_list",
+    "link_score",
     "merge_attention",
     "neighbors",
+    "patched",
     "previous",
     "relative",
+    "slr_attention",
     "trajectory_attention",
 ]

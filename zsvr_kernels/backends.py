@@ -26,8 +26,10 @@ PREFERENCE: dict[tuple[str, str], tuple[str, ...]] = {
     ("cross_frame_attention", "cuda"): ("sdpa", "reference"),
     ("trajectory_attention", "cpu"): ("cpu", "reference"),
     ("chain_links", "cpu"): ("cpu", "reference"),
+    ("correspondence_search", "cpu"): ("cpu", "reference"),
+    ("link_score", "cpu"): ("cpu", "reference"),
 }
-OPERATORS = ("cross_frame_attention", "trajectory_attention", "chain_links")
+OPERATORS = ("cross_frame_attention", "trajectory_attention", "chain_links", "correspondence_search", "link_score")
 
 
 class Call(NamedTuple):
@@ -51,7 +53,7 @@ def _refuse_cpu(call: Call) -> str | None:
     if not _native.is_available():
         return _native.why_missing
     if call.op == "chain_links":
-        return None
+        return None  # links are float32 by definition
     if call.dtype not in _native.DTYPES:
         return f"dtype {call.dtype}; it takes float32, bfloat16 and float16"
     if call.D is not None and (call.D % 8 or not 8 <= call.D <= 256):
@@ -144,14 +146,17 @@ _KEYWORDS: dict[str, tuple[str, ...]] = {
     "cross_frame_attention": ("scale", "backend", "out"),
     "trajectory_attention": ("scale", "backend", "out"),
     "chain_links": ("window", "rounding", "link_rule", "backend"),
+    "correspondence_search": ("grid", "radius", "backend"),
+    "link_score": ("grid", "backend"),
 }
+_ATTENTION = ("cross_frame_attention", "trajectory_attention")
 
 
 def explain(op: str, q: object, *others: object, return_lse: bool = False, **keywords: object) -> Explanation:
     """Print which backend ``backend="auto"`` runs for a call, and each refusal with its reason.
 
     Args:
-        op: ``"cross_frame_attention"``, ``"trajectory_attention"`` or ``"chain_links"``.
+        op: one of `OPERATORS`.
         q: the call's first argument (for ``chain_links``: the links, or ``links.forward``).
         others: the call's other arguments; tensors among them, and positions of trajectories, count when asking
             whether a gradient is needed.
@@ -169,13 +174,13 @@ def explain(op: str, q: object, *others: object, return_lse: bool = False, **key
     if op not in OPERATORS:
         raise ValueError(f"op must be one of {', '.join(OPERATORS)}, got {op!r}")
     unknown = [name for name in keywords if name not in _KEYWORDS[op]]
-    if unknown or (return_lse and op == "chain_links"):
+    if unknown or (return_lse and op not in _ATTENTION):
         raise TypeError(f"{op} takes no keyword {(unknown or ['return_lse'])[0]!r}")
     first = getattr(q, "forward", None) if op == "chain_links" and not isinstance(q, Tensor) else q
     if not isinstance(first, Tensor):
-        expected = "zsvr_kernels.Links" if op == "chain_links" else "a torch.Tensor q"
+        expected = "zsvr_kernels.Links" if op == "chain_links" else "a torch.Tensor"
         raise TypeError(f"{op} takes {expected} first, got {type(q).__name__}")
-    if op != "chain_links":
+    if op in _ATTENTION:
         if first.dim() != 5:
             raise ValueError(f"q must have 5 axes [B, T, P, H, D], got shape {tuple(first.shape)}")
         (first,) = autocast(first)
@@ -184,7 +189,7 @@ def explain(op: str, q: object, *others: object, return_lse: bool = False, **key
         op,
         first.device.type,
         first.dtype,
-        None if op == "chain_links" else first.shape[-1],
+        first.shape[-1] if op in _ATTENTION else None,
         torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in read),
         return_lse,
     )

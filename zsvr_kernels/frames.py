@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -35,16 +36,18 @@ def absolute(frame: int) -> Absolute:
     return Absolute(check_int("frame", frame))
 
 
-def _entry(item: Relative | Absolute, i: int, T: int, border: str) -> int:
+def _entry(item: Relative | Absolute, i: int, numbers: list[int], where: dict[int, int], border: str) -> int:
+    """Return an entry of row i; ``numbers`` are the frames' absolute numbers, ``where`` is their inverse."""
+    mirrored = None
     if isinstance(item, Relative):
-        j, mirrored = i + item.offset, i - item.offset
+        wanted, mirrored = numbers[i] + item.offset, numbers[i] - item.offset
     else:
-        j, mirrored = item.frame if item.frame >= 0 else T + item.frame, -1
-    if 0 <= j < T:
-        return j
+        wanted = item.frame if item.frame >= 0 else len(numbers) + item.frame
+    if wanted in where:
+        return where[wanted]
     if border == "drop":
         return -1
-    return mirrored if border == "reflect" and 0 <= mirrored < T else i
+    return where.get(mirrored, i) if border == "reflect" and mirrored is not None else i
 
 
 def _finish(row: list[int], i: int, dedupe: bool) -> list[int]:
@@ -64,6 +67,7 @@ def index_list(
     include_self: bool = False,
     border: str = "replicate",
     dedupe: bool = False,
+    ids: Sequence[int] | None = None,
 ) -> Tensor:
     """Return the frame table whose row i holds the given items, in their order.
 
@@ -78,12 +82,15 @@ def index_list(
             (a row left empty becomes the query frame); ``"reflect"``: for a relative item the neighbour on the
             other side if it exists, else the query frame.
         dedupe: repeats within a row beyond the first become absent. By default they count twice.
+        ids: absolute numbers of the T frames, rising, where they are a window of a longer clip: items then mean
+            absolute frames, and a frame outside the window is missing. None: 0..T-1.
 
     Returns:
         int32 ``[T, R]``, -1 where absent.
 
     Raises:
-        ValueError: ``T < 1``, no items, an unknown border rule.
+        ValueError: ``T < 1``, no items, an unknown border rule, ids that are not T rising numbers, an absolute item
+            from the end in a window.
     """
     T = check_int("T", T, 1)
     if border not in BORDERS:
@@ -96,7 +103,13 @@ def index_list(
     for item in listed:
         if not isinstance(item, (Relative, Absolute)):
             raise TypeError(f"items must come from relative() or absolute(), got {item!r}")
-    rows = [_finish([_entry(item, i, T, border) for item in listed], i, dedupe) for i in range(T)]
+    numbers = list(range(T)) if ids is None else [check_int("ids", n, 0) for n in ids]
+    if len(numbers) != T or any(a >= b for a, b in itertools.pairwise(numbers)):
+        raise ValueError(f"ids must be T = {T} rising frame numbers, got {numbers}")
+    if ids is not None and any(isinstance(item, Absolute) and item.frame < 0 for item in listed):
+        raise ValueError("a window does not know the clip's end: name its frames from the start")
+    where = {number: j for j, number in enumerate(numbers)}
+    rows = [_finish([_entry(item, i, numbers, where, border) for item in listed], i, dedupe) for i in range(T)]
     return torch.tensor(rows, dtype=torch.int32)
 
 

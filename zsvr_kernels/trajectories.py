@@ -111,6 +111,16 @@ class Trajectories:
                 self._index = (key, index)
             return self._index[1]
 
+    def kept_index(self) -> Index | None:
+        """Return the inverse index if one is kept, whether or not it is still up to date; for counting memory."""
+        return None if self._index is None else self._index[1]
+
+    def isolated(self) -> Tensor:
+        """Return the sites that reach no other frame: bool ``[B, T, P]``, true where no other frame's slot is live."""
+        T = self.frames.shape[0]
+        other = (self.frames >= 0) & (self.frames != torch.arange(T, device=self.frames.device)[:, None])
+        return ~(self.valid & other[:, :, None]).any(2)
+
     def __getstate__(self) -> dict[str, object]:
         return {name: getattr(self, name) for name in ("positions", "valid", "frames", "grid")}
 

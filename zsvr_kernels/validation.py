@@ -270,6 +270,54 @@ def check_inverse(
             raise ValueError(f"samples must be 0..{T * L * P - 1} (T*L*P - 1), got {low}..{high}")
 
 
+def check_features(f_src: Tensor, f_dst: Tensor, grid: object) -> tuple[int, int]:
+    """Check features ``[N, P, C]`` of frame pairs against each other and the grid; return the grid.
+
+    Raises:
+        TypeError: not tensors, or dtypes that differ or are not float32, bfloat16, float16, float64.
+        ValueError: ranks, shapes or devices that do not fit, no channel, or channels that are not dense.
+    """
+    Hg, Wg = check_grid(grid)
+    for name, x in (("f_src", f_src), ("f_dst", f_dst)):
+        check_tensor(name, x, 3, "[N, P, C]")
+        check_dtype(name, x, *FLOATS)
+        check_shape(name, x, (f_src.shape[0], Hg * Wg, f_src.shape[2]), f"[N, P, C] on a {Hg}x{Wg} grid")
+        check_device(name, x, f_src, "f_src")
+        if x.dtype != f_src.dtype:
+            raise TypeError(f"{name} is {x.dtype}, but f_src is {f_src.dtype}: cast them to one dtype")
+        if x.shape[2] < 1:
+            raise ValueError(f"{name} must have at least one channel, got shape {tuple(x.shape)}")
+        if x.stride(2) != 1 and x.shape[2] != 1:
+            raise ValueError(
+                f"{name}'s last axis must be dense (stride 1), got strides {tuple(x.stride())}: call .contiguous()"
+            )
+    return Hg, Wg
+
+
+def check_centre(centre: Tensor, f_src: Tensor) -> None:
+    """Check window centres ``int32 [N, P, 2]`` against features ``[N, P, C]``."""
+    check_tensor("centre", centre, 3, "[N, P, 2]")
+    check_dtype("centre", centre, torch.int32)
+    check_shape("centre", centre, (*f_src.shape[:2], 2), "[N, P, 2] of f_src")
+    check_device("centre", centre, f_src, "f_src")
+
+
+def check_link_positions(positions: Tensor, f_src: Tensor) -> None:
+    """Check positions ``float32 [N, P, 2]`` against features ``[N, P, C]``."""
+    check_tensor("positions", positions, 3, "[N, P, 2]")
+    check_dtype("positions", positions, torch.float32)
+    check_shape("positions", positions, (*f_src.shape[:2], 2), "[N, P, 2] of f_src")
+    check_device("positions", positions, f_src, "f_src")
+
+
+def check_radius(radius: object) -> int:
+    """Return the radius of a search window: an int of 0 to `LARGEST_WINDOW`."""
+    sites = check_int("radius", radius, 0)
+    if sites > LARGEST_WINDOW:
+        raise ValueError(f"radius must be at most {LARGEST_WINDOW}, got {sites}")
+    return sites
+
+
 def check_gradients(
     q: Tensor,  # [B, T, P, H, D]
     d_o: Tensor,  # [B, T, P, H, D]

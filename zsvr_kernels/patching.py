@@ -1,0 +1,296 @@
+"""patched(): put SLR attention in place of every self-attention of somebody else's model, for the length of a block."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zsvr_kernels import backends
+from zsvr_kernels.adapters import Adapter, adapt, adapter_for
+from zsvr_kernels.adapters.guided_diffusion_block import GuidedDiffusionBlock
+from zsvr_kernels.context import VideoContext
+from zsvr_kernels.options import SLROptions
+from zsvr_kernels.sampling import Grid
+from zsvr_kernels.slr import SLRAttention, attend, needs_grid
+
+_patched_now: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+@dataclass
+class PatchedLayer:
+    """One attention layer of a patched model.
+
+    Attributes:
+        name: path of the module in the model.
+        kind: structure it was recognised by.
+        heads, head_dim: H and D; 0 where the layer was not taken apart.
+        reason: why it was left alone, or None if it is patched.
+        grid: token grid, once seen.
+        backend: what runs cross-frame and trajectory attention, once seen.
+        note: what the last call did instead of SLR attention, or None.
+        calls: how often it ran.
+    """
+
+    name: str
+    kind: str
+    heads: int = 0
+    head_dim: int = 0
+    reason: str | None = None
+    grid: Grid | None = None
+    backend: str | None = None
+    note: str | None = None
+    calls: int = 0
+    adapter: Adapter | None = field(default=None, repr=False)
+
+    @property
+    def is_patched(self) -> bool:
+        """Whether SLR attention is in its place."""
+        return self.reason is None
+
+
+@dataclass
+class PatchReport:
+    """What `patched` did: one line per attention layer that it found. ``str(report)`` is a table."""
+
+    layers: list[PatchedLayer]
+
+    @property
+    def patched(self) -> list[PatchedLayer]:
+        """The layers that run SLR attention."""
+        return [layer for layer in self.layers if layer.is_patched]
+
+    @property
+    def skipped(self) -> list[PatchedLayer]:
+        """The layers that were left alone; each says why in ``reason``."""
+        return [layer for layer in self.layers if not layer.is_patched]
+
+    def __str__(self) -> str:
+        rows = [("layer", "structure", "grid", "heads", "head dim", "backend", "patched")]
+        for x in self.layers:
+            rows.append(
+                (
+                    x.name or "(the model)",
+                    x.kind,
+                    "x".join(map(str, x.grid)) if x.grid else "-",
+                    str(x.heads or "-"),
+                    str(x.head_dim or "-"),
+                    x.backend or "-",
+                    f"no: {x.reason}" if x.reason else f"yes ({x.note})" if x.note else "yes",
+                )
+            )
+        widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]) - 1)]
+        lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[-1]]) for row in rows]
+        lines.append(f"{len(self.patched)} of {len(self.layers)} attention layers patched")
+        return "\n".join(lines)
+
+    def verify(self) -> None:
+        """Raise RuntimeError if anything has replaced a patched layer's processor or forward since."""
+        lost = [x.name for x in self.patched if x.adapter is not None and not x.adapter.is_installed()]
+        if lost:
+            raise RuntimeError(
+                f"{len(lost)} patched layers were replaced after patching: {_few(lost)}. Something set other "
+                "attention processors (attention slicing, xFormers, LoRA, set_attn_processor): do that before "
+                "zsvr_kernels.patched"
+            )
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _find(root: nn.Module) -> Iterator[tuple[str, nn.Module, type[Adapter] | None]]:
+    """Yield every attention of a known structure, and every SLRAttention (with None), outermost only."""
+    inside: list[str] = []
+    for name, module in root.named_modules():
+        if any(name.startswith(f"{outer}." if outer else "") for outer in inside):
+            continue
+        kind = adapter_for(module)
+        if isinstance(module, SLRAttention) or kind is not None:
+            inside.append(name)
+            yield name, module, None if isinstance(module, SLRAttention) else kind
+
+
+def _survey(root: nn.Module, options: SLROptions, qkv_order: str | None) -> list[PatchedLayer]:
+    layers = []
+    for path, module, kind in _find(root):
+        name = path.replace("_orig_mod.", "")
+        if kind is None:
+            layers.append(PatchedLayer(name, "SLRAttention", reason="it is SLR attention: hand it the context"))
+            continue
+        if module in _patched_now:
+            raise RuntimeError(
+                f"{name or 'the model'} is patched already: leave the first zsvr_kernels.patched block first"
+            )
+        reason = kind.refusal(module, name) or options.takes(name)
+        if reason is not None:
+            layers.append(PatchedLayer(name, kind.kind, reason=reason))
+            continue
+        adapter = adapt(module, qkv_order=qkv_order if kind is GuidedDiffusionBlock else None)
+        layers.append(PatchedLayer(name, kind.kind, adapter.heads, adapter.head_dim, adapter=adapter))
+    return layers
+
+
+@torch.compiler.disable
+def _begin(layer: PatchedLayer, context: VideoContext, x: Tensor) -> tuple[bool, Grid | None]:
+    """Note a call; return whether SLR attention runs, and on which grid (None: it needs none)."""
+    layer.calls += 1
+    options = context.options
+    adapter = layer.adapter
+    assert adapter is not None
+    grid: Grid | None = None
+    if x.dim() == 4:
+        grid = (x.shape[2], x.shape[3])
+    elif needs_grid(options) or callable(options.layers):
+        grid = context.grid_of(x.shape[1] - options.prefix)
+    tokens = x.shape[2] * x.shape[3] if x.dim() == 4 else x.shape[1] - options.prefix
+    layer.grid = grid
+    layer.note = options.takes_grid(layer.name, grid or (1, tokens))
+    if layer.note is None and not options.is_active(context.progress):
+        layer.note = f"progress {context.progress:.2f} is outside active = {options.active}"
+    if layer.note is not None:
+        return False, grid
+    if layer.backend is None:
+        names = []
+        for op in ("cross_frame_attention", "trajectory_attention"):
+            call = backends.Call(op, x.device.type, x.dtype, adapter.head_dim, torch.is_grad_enabled())
+            names.append(backends.choose(options.backend, call))
+        layer.backend = names[0] if names[0] == names[1] else "/".join(names)
+    return True, grid
+
+
+@torch.compiler.disable
+def _pass_over(layer: PatchedLayer) -> None:
+    layer.calls += 1
+    layer.note = "called as cross-attention"
+
+
+def _runner(layer: PatchedLayer, context: VideoContext) -> Any:
+    adapter = layer.adapter
+    assert adapter is not None
+
+    def run(original: Any, *args: Any, **kwargs: Any) -> Any:
+        call = adapter.read_call(*args, **kwargs)
+        if call is None:
+            _pass_over(layer)
+            return original(*args, **kwargs)
+        x, inputs = call
+        runs, grid = _begin(layer, context, x)
+        if not runs:
+            return original(*args, **kwargs)
+        out = attend(adapter, x, context, grid=grid, prefix=context.options.prefix, name=layer.name, **inputs)
+        return adapter.wrap(out)
+
+    return run
+
+
+@contextlib.contextmanager
+def patched(
+    model: nn.Module | Any,
+    context: VideoContext,
+    options: SLROptions | None = None,
+    *,
+    expected_count: int | None = None,
+    qkv_order: str | None = None,
+    verify: bool = True,
+) -> Iterator[PatchReport]:
+    """Run a model with SLR attention in place of its spatial self-attention, for the length of a ``with`` block.
+
+    Self-attention layers are found by structure: diffusers ``Attention`` (through its processor; ``attn2`` and other
+    cross-attention stay as they are), guided-diffusion ``AttentionBlock``, LDM ``CrossAttention``, timm ``Attention``,
+    ``torch.nn.MultiheadAttention``. Weights and state dict do not change. Frames are folded into the batch.
+
+    Args:
+        model: a module, or a diffusers pipeline (its ``unet``).
+        context: of the clip; its options say which layers are taken and how they attend.
+        options: instead of the context's, until the block ends.
+        expected_count: number of layers that must be patched.
+        qkv_order: of guided-diffusion blocks; see `SLRAttention.from_attention`.
+        verify: check before every call of the model that nothing has replaced a patched layer, and after the first
+            that each ran exactly once. A network that runs a layer twice, or not at all, needs False.
+
+    Yields:
+        A `PatchReport`: print it, or look into ``report.layers``.
+
+    Raises:
+        TypeError: not a module.
+        RuntimeError: nothing was patched, another number than expected, a layer is patched already; later, a layer
+            that was replaced or has not run.
+
+    Compiled models are compiled again on entering and on leaving; the graph breaks where layers ask the context.
+    Attention dropout is not applied.
+
+    Example:
+        >>> layer = torch.nn.MultiheadAttention(64, 4, batch_first=True)
+        >>> flow, x = torch.zeros(1, 7, 2, 64, 64), torch.randn(8, 256, 64)
+        >>> with zsvr_kernels.patched(layer, zsvr_kernels.VideoContext(flow, flow)) as report:
+        ...     y, _ = layer(x, x, x)
+        >>> len(report.patched)
+        1
+    """
+    if not isinstance(model, nn.Module):
+        model = getattr(model, "unet", model)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module or a pipeline with a unet, got {type(model).__name__}")
+    if not isinstance(context, VideoContext):
+        raise TypeError(f"context must be zsvr_kernels.VideoContext, got {type(context).__name__}")
+    root = getattr(model, "_orig_mod", model)
+    layers = _survey(root, context.options if options is None else options, qkv_order)
+    report = PatchReport(layers)
+    if not report.patched:
+        found = f"\n{report}" if layers else " and found no attention of a known structure"
+        raise RuntimeError(f"nothing to patch: looked through {type(root).__name__}{found}")
+    if expected_count is not None and len(report.patched) != expected_count:
+        raise RuntimeError(f"expected {expected_count} layers to patch, found {len(report.patched)}\n{report}")
+
+    with contextlib.ExitStack() as stack:
+        if options is not None:
+            before = context.options
+            stack.callback(context.configure, before)
+            context.configure(options)
+        if any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) for m in model.modules()):
+            stack.callback(torch.compiler.reset)
+            torch.compiler.reset()
+        for layer in report.patched:
+            assert layer.adapter is not None
+            module = layer.adapter.module
+            _patched_now.add(module)
+            stack.callback(_patched_now.discard, module)
+            stack.callback(layer.adapter.install(_runner(layer, context)))
+        if verify:
+            for handle in _watch(model, report):
+                stack.callback(handle.remove)
+        yield report
+
+
+def _watch(model: nn.Module, report: PatchReport) -> list[Any]:
+    """Check the patch before every call of the model, and that each layer ran once after the first."""
+    is_first = True
+
+    @torch.compiler.disable
+    def before(*_: Any) -> None:
+        report.verify()
+        if is_first:
+            for layer in report.patched:
+                layer.calls = 0
+
+    @torch.compiler.disable
+    def after(*_: Any) -> None:
+        nonlocal is_first
+        if not is_first:
+            return
+        is_first = False
+        wrong = [f"{x.name} ({x.calls})" for x in report.patched if x.calls != 1]
+        if wrong:
+            raise RuntimeError(
+                f"{len(wrong)} patched layers did not run exactly once in the model's first call: {_few(wrong)}. "
+                "Either something bypasses them (a fused fast path, another attention processor), or the network runs "
+                "them otherwise by design: then patched(..., verify=False)"
+            )
+
+    return [model.register_forward_pre_hook(before), model.register_forward_hook(after)]
