@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import json
+import itertools
 import math
 import os
-import pathlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from zsvr_kernels import validation
-from zsvr_kernels.correction import LinkHistory, correct_links
+from zsvr_kernels import context_file, validation
+from zsvr_kernels.correction import LinkHistory, check_history, correct_links
 from zsvr_kernels.links import Links
 from zsvr_kernels.ops.chain_links import chain_links
-from zsvr_kernels.options import CorrectionOptions, SLROptions
-from zsvr_kernels.sampling import Grid, sites
+from zsvr_kernels.options import SLROptions
+from zsvr_kernels.sampling import Grid
 from zsvr_kernels.trajectories import Trajectories
 
 Device = torch.device | str
-_FORMAT = "zsvr_kernels.VideoContext 1"
+LONGEST_CLIP = 2**20  # frame tables are made in Python
 
 
 class VideoContext:
@@ -76,45 +74,41 @@ class VideoContext:
     ) -> None:
         if (flow_forward is None) != (flow_backward is None):
             raise ValueError("give both flow_forward and flow_backward, or neither")
-        if (occ_forward is None) != (occ_backward is None):
-            raise ValueError("give both occ_forward and occ_backward, or neither")
         self._flow: dict[str, Tensor] = {}
         if flow_forward is None or flow_backward is None:
             if frames is None:
                 raise ValueError("without flow, say how many frames the clip has: VideoContext(frames=T)")
-            if occ_forward is not None:
+            if occ_forward is not None or occ_backward is not None:
                 raise ValueError("occlusion without flow means nothing: give the flow too")
             self._clips, self._frames = 1, validation.check_int("frames", frames, 1)
+            if self._frames > LONGEST_CLIP:
+                raise ValueError(f"frames must be at most {LONGEST_CLIP}, got {frames}")
         else:
-            for name, x in (("flow_forward", flow_forward), ("flow_backward", flow_backward)):
-                validation.check_tensor(name, x, 5, "[B, T-1, 2, Hi, Wi]")
-                validation.check_dtype(name, x, *validation.FLOATS)
-                if x.shape[2] != 2 or min(x.shape[0], *x.shape[3:]) < 1:
-                    raise ValueError(f"{name} must be [B, T-1, 2, Hi, Wi], got shape {tuple(x.shape)}")
-                validation.check_shape(name, x, tuple(flow_forward.shape), "as flow_forward")
-                validation.check_device(name, x, flow_forward, "flow_forward")
-                self._flow[name] = x.detach()
+            validation.check_flow(flow_forward, flow_backward, occ_forward, occ_backward)
             self._clips, self._frames = flow_forward.shape[0], flow_forward.shape[1] + 1
-            if frames is not None and frames != self._frames:
+            if self._clips < 1:
+                raise ValueError(f"flow must be of at least one clip, got shape {tuple(flow_forward.shape)}")
+            if frames is not None and validation.check_int("frames", frames) != self._frames:
                 raise ValueError(f"flow is for {self._frames} frames, got frames = {frames}")
+            self._flow = {"flow_forward": flow_forward.detach(), "flow_backward": flow_backward.detach()}
             if occ_forward is not None and occ_backward is not None:
-                shape = (*flow_forward.shape[:2], *flow_forward.shape[3:])
-                for name, x in (("occ_forward", occ_forward), ("occ_backward", occ_backward)):
-                    validation.check_tensor(name, x, 4, "[B, T-1, Hi, Wi]")
-                    validation.check_dtype(name, x, torch.bool)
-                    validation.check_shape(name, x, shape, "[B, T-1, Hi, Wi]")
-                    validation.check_device(name, x, flow_forward, "flow_forward")
-                    self._flow[name] = x
+                self._flow |= {"occ_forward": occ_forward, "occ_backward": occ_backward}
         self._ids = list(range(self._frames)) if ids is None else [validation.check_int("ids", n, 0) for n in ids]
+        if len(self._ids) != self._frames or any(a >= b for a, b in itertools.pairwise(self._ids)):
+            raise ValueError(f"ids must be T = {self._frames} rising frame numbers, got {self._ids}")
         self._is_window = ids is not None
         self._size = None if size is None else validation.check_grid(size)
         if self._size is None and self._flow:
             self._size = tuple(self._flow["flow_forward"].shape[3:])  # type: ignore[assignment]
         self._grids = [validation.check_grid(g) for g in grids]
         self._given: dict[Grid, Links] = {}
-        self._cache_device = None if cache_device is None else torch.device(cache_device)
-        self._k, self._K = 0, 1
-        self._in_step = False
+        self._cache_device = None if cache_device is None else _device(cache_device)
+        self._links: dict[Grid, Links] = {}
+        self._trajectories: dict[Grid, Trajectories] = {}
+        self._shared: dict[Grid, tuple[str, Trajectories]] = {}  # per grid, this step: by which layer, and its result
+        self._history: dict[str, LinkHistory] = {}
+        self._pending: dict[str, LinkHistory] = {}
+        self._options: SLROptions | None = None
         self.reset()
         self.configure(SLROptions() if options is None else options)
 
@@ -138,6 +132,7 @@ class VideoContext:
     @property
     def options(self) -> SLROptions:
         """The options; change them with `configure`."""
+        assert self._options is not None
         return self._options
 
     @property
@@ -161,21 +156,23 @@ class VideoContext:
 
     @property
     def nbytes(self) -> dict[str, int]:
-        """Bytes held: flow, links, trajectories (with the index of their backward, once built), history."""
+        """Bytes held, by kind; a tensor that is held twice counts once.
 
-        def total(tensors: Iterable[Tensor]) -> int:
-            return sum(x.numel() * x.element_size() for x in tensors)
-
-        links = [x for n in (*self._links.values(), *self._given.values()) for x in _link_tensors(n).values()]
-        trajectories = [
-            x for t in self._trajectories.values() for x in (t.positions, t.valid, t.frames, *(t.kept_index() or ()))
-        ]
+        ``"flow"``: 8 bytes for a pixel of each of ``B*(T-1)`` pairs and each direction in float32, 1 for given
+        occlusion. ``"links"``: ``18 B (T-1) P`` per token grid. ``"trajectories"``: ``9 B T L P + 4 T L`` per grid, and
+        the index of their backward once it is built. ``"history"``: ``26 B (T-1) P`` per layer (or grid), twice that
+        within a step.
+        """
+        links = [x for n in (*self._links.values(), *self._given.values()) for x in n.tensors().values()]
+        chained = (*self._trajectories.values(), *(t for _, t in self._shared.values()))
         memories = (*self._history.values(), *self._pending.values())
         return {
-            "flow": total(self._flow.values()),
-            "links": total(links),
-            "trajectories": total(trajectories),
-            "history": total(x for h in memories for x in h.tensors().values()),
+            "flow": _bytes(self._flow.values()),
+            "links": _bytes(links),
+            "trajectories": _bytes(
+                x for t in chained for x in (t.positions, t.valid, t.frames, *(t.kept_index() or ()))
+            ),
+            "history": _bytes(x for h in memories for x in h.tensors().values()),
         }
 
     def __repr__(self) -> str:
@@ -186,31 +183,35 @@ class VideoContext:
     # ---- options and state ----
 
     def configure(self, options: SLROptions) -> None:
-        """Change the options; what depends on them is built anew, and history is forgotten if links change."""
+        """Change the options. What depends on a changed one is built anew when it is next asked for.
+
+        History is forgotten if links change, or what their history means (``feature``, ``history_scope``).
+        """
         if not isinstance(options, SLROptions):
             raise TypeError(f"options must be zsvr_kernels.SLROptions, got {type(options).__name__}")
         table = options.table(self.frames, self._ids if self._is_window else None)
-        old = getattr(self, "_options", None)
-        self._options = options
+        old, self._options = self._options, options
         self._tables: dict[torch.device, Tensor] = {torch.device("cpu"): table.cpu()}
-        if old is None or old.link_options() != options.link_options():
-            self._links: dict[Grid, Links] = {}
-            self.reset()
-        self._trajectories: dict[Grid, Trajectories] = {}
-        self._shared: dict[Grid, tuple[str, Trajectories]] = {}
+        self._shared = {}
+        if old is None:
+            return
+        is_new = old.link_options() != options.link_options()
+        if is_new:
+            self._links = {}
+        if is_new or old.chain_options() != options.chain_options():
+            self._trajectories = {}
+        meaning = [(o.correct.feature, o.correct.history_scope) for o in (old, options)]
+        if is_new or meaning[0] != meaning[1]:
+            self._forget()
 
     def begin_step(self, k: int, K: int) -> None:
         """Say that step k of K (0..K-1) begins: it fixes the progress k/K. What was pending is dropped.
 
         A step that is executed again (time travel) is begun again.
         """
-        K = validation.check_int("K", K, 1)
-        k = validation.check_int("k", k, 0)
-        if k >= K:
-            raise ValueError(f"k must be within 0..K-1 = 0..{K - 1}, got {k}")
-        self._k, self._K, self._in_step = k, K, True
-        self._pending: dict[str, LinkHistory] = {}
-        self._shared = {}
+        self._k, self._K = validation.check_step(k, K)
+        self._in_step = True
+        self._pending, self._shared = {}, {}
 
     def commit(self) -> None:
         """End the step, after its backward: pending links become the history that the next step reads."""
@@ -230,10 +231,11 @@ class VideoContext:
 
     def reset(self) -> None:
         """Forget history and progress: another clip begins, or the flow was estimated anew."""
-        self._history: dict[str, LinkHistory] = {}
-        self._pending = {}
-        self._shared = {}
+        self._forget()
         self._k, self._K, self._in_step = 0, 1, False
+
+    def _forget(self) -> None:
+        self._history, self._pending, self._shared = {}, {}, {}
 
     # ---- what layers ask for ----
 
@@ -275,17 +277,21 @@ class VideoContext:
         """Use these links on their grid instead of what the flow gives; forgets history.
 
         Raises:
-            TypeError, ValueError: not links, or links for other clips or another number of frames.
+            TypeError, ValueError: not links, or links for other clips or another number of frames. Without flow the
+                first links say how many clips there are.
         """
         if not isinstance(links, Links):
             raise TypeError(f"links must be zsvr_kernels.Links, got {type(links).__name__}")
-        expected = (self.clips, self.frames - 1)
-        if tuple(links.forward.shape[:2]) != expected:
-            raise ValueError(f"links must be for [B, T-1] = {expected}, got {tuple(links.forward.shape[:2])}")
+        validation.check_links(**links.tensors(), grid=links.grid)
+        B, pairs = links.forward.shape[:2]
+        if pairs != self.frames - 1 or B < 1 or (self.has_flow and self.clips != B):
+            expected = f"[{self.clips if self.has_flow else 'B'}, {self.frames - 1}]"
+            raise ValueError(f"links must be for [B, T-1] = {expected}, got [{B}, {pairs}]")
+        self._clips = B
         self._given[links.grid] = links
         self._links.pop(links.grid, None)
         self._trajectories.pop(links.grid, None)
-        self.reset()
+        self._forget()
 
     def links(self, grid: Grid, device: Device | None = None) -> Links:
         """Return the uncorrected links on a token grid, from the flow or as set.
@@ -295,7 +301,8 @@ class VideoContext:
         """
         grid = validation.check_grid(grid)
         if grid not in self._links:
-            self._links[grid] = self._rest(self._build(grid))
+            with _lasting():
+                self._links[grid] = self._rest(self._build(grid))
         return self._links[grid].to(self.device if device is None else device)
 
     def trajectories(self, grid: Grid, device: Device | None = None) -> Trajectories:
@@ -303,7 +310,8 @@ class VideoContext:
         grid = validation.check_grid(grid)
         where = self.device if device is None else torch.device(device)
         if grid not in self._trajectories:
-            self._trajectories[grid] = self._rest(self._chain(self.links(grid, where)))
+            with _lasting():
+                self._trajectories[grid] = self._rest(self._chain(self.links(grid, where)))
         kept = self._trajectories[grid]
         return kept if kept.positions.device == where else kept.to(where)
 
@@ -320,17 +328,15 @@ class VideoContext:
             grid: ``(Hg, Wg)``.
             features: ``[B, T, P, C]``, what the layer compares; see ``CorrectionOptions.feature``.
         """
-        correct = self._options.correct
-        if not correct.enabled or not self._in_step or self._k < correct.first_admitted(self._K):
+        if not self.uses_features():
             return self.trajectories(grid, features.device)
+        correct = self.options.correct
         by_grid = correct.history_scope == "grid"
         if by_grid and grid in self._shared and self._shared[grid][0] != name:
             return self._shared[grid][1]
-        key = f"{grid[0]}x{grid[1]}" if by_grid else f"{name}/{grid[0]}x{grid[1]}"
+        key = context_file.grid_to_text(grid) if by_grid else f"{name}/{context_file.grid_to_text(grid)}"
         history = self._history.get(key)
-        if features.dim() == 4 and features.stride(3) != 1:
-            features = features.contiguous()
-        with torch.no_grad():
+        with _lasting():
             links, pending = correct_links(
                 self.links(grid, features.device),
                 features,
@@ -338,11 +344,10 @@ class VideoContext:
                 k=self._k,
                 K=self._K,
                 options=correct,
-                backend="auto",
             )
             trajectories = self._chain(links)
-        if pending is not None:
-            self._pending[key] = self._rest(pending)
+            if pending is not None:
+                self._pending[key] = self._rest(pending)
         if by_grid:
             self._shared[grid] = (name, trajectories)
         return trajectories
@@ -350,8 +355,7 @@ class VideoContext:
     @torch.compiler.disable
     def uses_features(self) -> bool:
         """Return whether `corrected` would look at features now; if not, they need not be computed."""
-        correct = self._options.correct
-        return correct.enabled and self._in_step and self._k >= correct.first_admitted(self._K)
+        return self._in_step and self.options.correct.is_admitted(self._k, self._K)
 
     def history(self) -> dict[str, LinkHistory]:
         """Return the committed history by key: ``"<layer>/<Hg>x<Wg>"``, or ``"<Hg>x<Wg>"`` per grid."""
@@ -361,8 +365,7 @@ class VideoContext:
         return x if self._cache_device is None else x.to(self._cache_device)
 
     def _chain(self, links: Links) -> Trajectories:
-        o = self._options
-        return chain_links(links, window=o.window, rounding=o.rounding, link_rule=o.link_rule)
+        return chain_links(links, **self.options.chain_options())
 
     def _build(self, grid: Grid) -> Links:
         if grid in self._given:
@@ -379,20 +382,10 @@ class VideoContext:
             grid=grid,
             occ_forward=flow.get("occ_forward"),
             occ_backward=flow.get("occ_backward"),
-            **self._options.link_options(),
+            **self.options.link_options(),
         )
-        gap = torch.tensor([b - a != 1 for a, b in zip(self._ids, self._ids[1:], strict=False)], dtype=torch.bool)
-        if bool(gap.any()):
-            own = sites(grid, device=links.forward.device)
-            gap = gap.to(links.forward.device)
-            links = dataclasses.replace(
-                links,
-                forward=torch.where(gap[None, :, None, None], own, links.forward),
-                backward=torch.where(gap[None, :, None, None], own, links.backward),
-                valid_forward=links.valid_forward & ~gap[None, :, None],
-                valid_backward=links.valid_backward & ~gap[None, :, None],
-            )
-        return links
+        gap = torch.tensor([b - a != 1 for a, b in itertools.pairwise(self._ids)], dtype=torch.bool)
+        return links.cut(gap) if bool(gap.any()) else links
 
     # ---- other contexts ----
 
@@ -403,16 +396,15 @@ class VideoContext:
             raise ValueError(f"a window must be within 0..{self.frames}, got {start}..{stop}")
         result = VideoContext(
             **{name: x[:, start : stop - 1] for name, x in self._flow.items()},
-            options=self._options,
+            options=self.options,
             frames=stop - start,
             ids=self._ids[start:stop],
             size=self._size,
             grids=self._grids,
             cache_device=self._cache_device,
         )
-        result._clips = self._clips
         for links in self._given.values():
-            part = {name: x[:, start : stop - 1] for name, x in _link_tensors(links).items()}
+            part = {name: x[:, start : stop - 1] for name, x in links.tensors().items()}
             result.set_links(Links(**part, grid=links.grid))
         return result
 
@@ -421,7 +413,7 @@ class VideoContext:
         self._flow = {name: x.to(device) for name, x in self._flow.items()}
         self._given = {grid: links.to(device) for grid, links in self._given.items()}
         if self._cache_device is None:
-            self._links = {grid: links.to(device) for grid, links in self._links.items()}
+            self._links = {grid: self._given.get(grid) or links.to(device) for grid, links in self._links.items()}
             self._trajectories = {grid: t.to(device) for grid, t in self._trajectories.items()}
             self._history = {key: h.to(device) for key, h in self._history.items()}
             self._pending = {key: h.to(device) for key, h in self._pending.items()}
@@ -437,109 +429,69 @@ class VideoContext:
             ModuleNotFoundError: safetensors is not installed.
             ValueError: options that hold a function, which a file cannot.
         """
-        tensors = {f"flow/{name}": x for name, x in self._flow.items()}
-        for (Hg, Wg), links in self._given.items():
-            tensors |= {f"links/{Hg}x{Wg}/{name}": x for name, x in _link_tensors(links).items()}
-        for key, history in self._history.items():
-            tensors |= {f"history/{key}/{name}": x for name, x in history.tensors().items()}
-        options = _options_to_json(self._options, tensors)
+        values, groups = context_file.options_to_json(self.options)
+        groups |= {"flow": self._flow}
+        groups |= {f"links/{context_file.grid_to_text(grid)}": links.tensors() for grid, links in self._given.items()}
+        groups |= {f"history/{key}": history.tensors() for key, history in self._history.items()}
         facts = {
-            "options": options,
+            "options": values,
             "frames": self._frames,
-            "clips": self._clips,
             "ids": self._ids if self._is_window else None,
             "size": self._size,
             "grids": self._grids,
             "k": self._k,
             "K": self._K,
         }
-        metadata = {"format": _FORMAT, "facts": json.dumps(facts)}
-        target = pathlib.Path(path)
-        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-        try:
-            _safetensors().save_file({n: x.contiguous().cpu() for n, x in tensors.items()}, str(partial), metadata)
-            os.replace(partial, target)
-        finally:
-            partial.unlink(missing_ok=True)
+        context_file.write(path, groups, facts)
 
     @classmethod
     def load(
         cls, path: str | os.PathLike[str], *, device: Device = "cpu", cache_device: Device | None = None
     ) -> VideoContext:
-        """Return the context that `save` wrote.
+        """Return the context that `save` wrote, between two steps. Nothing in the file is executed.
 
         Raises:
             ModuleNotFoundError: safetensors is not installed.
-            ValueError: the file is not one of `save`.
+            FileNotFoundError: there is no such file.
+            ValueError: the file is not one of `save`, or is damaged.
         """
-        safetensors = _safetensors()
-        with safetensors.safe_open(str(path), framework="pt", device=str(device)) as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != _FORMAT:
-                raise ValueError(f"{path} holds {metadata.get('format', 'no format')!r}, expected {_FORMAT!r}")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        facts = json.loads(metadata["facts"])
-        flow = {n.removeprefix("flow/"): x for n, x in tensors.items() if n.startswith("flow/")}
-        result = cls(
-            **flow,
-            options=_options_from_json(facts["options"], tensors),
-            frames=facts["frames"],
-            ids=facts["ids"],
-            size=facts["size"],
-            grids=facts["grids"],
-            cache_device=cache_device,
-        )
-        result._clips = validation.check_int("clips", facts["clips"], 1)
-        grouped: dict[str, dict[str, Tensor]] = {}
-        for name, x in tensors.items():
-            group, _, field = name.rpartition("/")
-            grouped.setdefault(group, {})[field] = x
-        for group, parts in grouped.items():
-            if group.startswith("links/"):
-                Hg, Wg = (int(n) for n in group.removeprefix("links/").split("x"))
-                result.set_links(Links.from_positions(**parts, grid=(Hg, Wg)))
-        for group, parts in grouped.items():
-            if group.startswith("history/"):
-                result._history[group.removeprefix("history/")] = result._rest(LinkHistory(**parts))
-        result._k, result._K = facts["k"], facts["K"]
+        groups, facts = context_file.read(path, device)
+        try:
+            result = cls(
+                **groups.get("flow", {}),
+                options=context_file.options_from_json(facts["options"], groups),
+                **{name: facts[name] for name in ("frames", "ids", "size", "grids")},
+                cache_device=cache_device,
+            )
+            for group, parts in groups.items():
+                if group.startswith("links/"):
+                    grid = context_file.grid_from_text(group.removeprefix("links/"))
+                    result.set_links(Links.from_positions(**parts, grid=grid))
+            for group, parts in groups.items():
+                if group.startswith("history/"):
+                    history, (Hg, Wg) = LinkHistory(**parts), context_file.grid_from_text(group.rpartition("/")[2])
+                    check_history(history, result.clips, result.frames - 1, Hg * Wg, history.forward)
+                    result._history[group.removeprefix("history/")] = result._rest(history)
+            result.begin_step(facts["k"], facts["K"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} does not hold a whole VideoContext: {error}") from error
+        result._in_step = False
         return result
 
 
-def _link_tensors(links: Links) -> dict[str, Tensor]:
-    return {name: getattr(links, name) for name in ("forward", "backward", "valid_forward", "valid_backward")}
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(x.numel() * x.element_size() for x in {id(x): x for x in tensors}.values())
 
 
-def _safetensors() -> Any:
+def _device(device: Device) -> torch.device:
     try:
-        import safetensors
-        import safetensors.torch
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "saving and loading a VideoContext needs safetensors: pip install safetensors"
-        ) from error
-
-    class Both:
-        safe_open = staticmethod(safetensors.safe_open)
-        save_file = staticmethod(safetensors.torch.save_file)
-
-    return Both
+        return torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"{device!r} is no device: {error}") from None
 
 
-def _options_to_json(options: SLROptions, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    values = {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
-    values["correct"] = dataclasses.asdict(options.correct)
-    if isinstance(options.frames, Tensor):
-        tensors["options/frames"] = options.frames
-        values["frames"] = None
-    for name, value in values.items():
-        if callable(value):
-            raise ValueError(f"options.{name} is a function, which cannot be saved: use names, patterns or a tensor")
-    return values
-
-
-def _options_from_json(values: dict[str, Any], tensors: dict[str, Tensor]) -> SLROptions:
-    values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-    values["correct"] = CorrectionOptions(**values["correct"])
-    if "options/frames" in tensors:
-        values["frames"] = tensors["options/frames"].cpu()
-    return SLROptions(**values)
+@contextlib.contextmanager
+def _lasting() -> Iterator[None]:
+    """Build what is kept: without graph, and fit for a later backward also if this call is in inference mode."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield

@@ -47,6 +47,18 @@ class LinkHistory:
         return f"LinkHistory(B={B}, T={pairs + 1}, P={P}, stored={share or 'none'})"
 
 
+def check_history(history: object, B: int, pairs: int, P: int, like: Tensor) -> None:
+    """Raise TypeError or ValueError unless ``history`` is a `LinkHistory` for such links, on the device of ``like``."""
+    if not isinstance(history, LinkHistory):
+        raise TypeError(f"history must be zsvr_kernels.LinkHistory or None, got {type(history).__name__}")
+    for name, x in history.tensors().items():
+        shape = (B, pairs, P, 2) if name in ("forward", "backward") else (B, pairs, P)
+        validation.check_tensor(f"history.{name}", x, len(shape), "B, T-1, P of the links")
+        validation.check_dtype(f"history.{name}", x, torch.bool if name.startswith("has_") else torch.float32)
+        validation.check_shape(f"history.{name}", x, shape, "B, T-1, P of the links")
+        validation.check_device(f"history.{name}", x, like, "links")
+
+
 def _correct_direction(
     f_src: Tensor,  # [N, P, C]
     f_dst: Tensor,  # [N, P, C]
@@ -140,8 +152,11 @@ def correct_links(
     Source: the self-corrected trajectories of arXiv 2407.01960; the rules are this project's.
     """
     options = CorrectionOptions() if options is None else options
+    if not isinstance(options, CorrectionOptions):
+        raise TypeError(f"options must be zsvr_kernels.CorrectionOptions, got {type(options).__name__}")
     if not isinstance(links, Links):
         raise TypeError(f"links must be zsvr_kernels.Links, got {type(links).__name__}")
+    validation.check_links(**links.tensors(), grid=links.grid)
     B, pairs, P, _ = links.forward.shape
     validation.check_tensor("features", features, 4, "[B, T, P, C]")
     validation.check_dtype("features", features, *validation.FLOATS)
@@ -149,21 +164,18 @@ def correct_links(
         "features", features, (B, pairs + 1, P, features.shape[3]), "[B, T, P, C] with B, T, P of the links"
     )
     validation.check_device("features", features, links.forward, "links")
-    K = validation.check_int("K", K, 1)
-    k = validation.check_int("k", k, 0)
-    if k >= K:
-        raise ValueError(f"k must be within 0..K-1 = 0..{K - 1}, got {k}")
+    k, K = validation.check_step(k, K)
     if history is not None:
-        for name, x in history.tensors().items():
-            shape = (B, pairs, P, 2) if name in ("forward", "backward") else (B, pairs, P)
-            validation.check_shape(f"history.{name}", x, shape, "B, T-1, P of the links")
-            validation.check_device(f"history.{name}", x, links.forward, "links")
-    first = options.first_admitted(K)
-    if not options.enabled or k < first or not (options.similarity or options.history) or not pairs:
+        check_history(history, B, pairs, P, links.forward)
+    if not options.is_admitted(k, K) or not pairs:
         return links, None
-    is_search_due = options.similarity and (k - first) % options.search_every == 0
+    is_search_due = options.similarity and (k - options.first_admitted(K)) % options.search_every == 0
     features = features.detach()
-    source, target = (x.reshape(B * pairs, P, -1) for x in (features[:, :-1], features[:, 1:]))
+    if features.dtype == torch.float64:
+        features = features.float()  # cosines and history are float32
+    if features.stride(3) != 1:
+        features = features.contiguous()
+    source, target = (x.flatten(0, 1) for x in (features[:, :-1], features[:, 1:]))
     new, kept = {}, {}
     for name, f_src, f_dst in (("forward", source, target), ("backward", target, source)):
         valid = getattr(links, f"valid_{name}").flatten(0, 1)

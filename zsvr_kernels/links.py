@@ -48,14 +48,24 @@ class Links:
         share = ", ".join(f"{float(x.float().mean()):.0%}" for x in valid) if valid[0].numel() else "none"
         return f"Links(B={B}, T={self.frames}, grid={self.grid}, valid={share})"
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the four tensors by name."""
+        return {name: getattr(self, name) for name in ("forward", "backward", "valid_forward", "valid_backward")}
+
     def to(self, device: torch.device | str) -> Links:
         """Return the links on another device."""
+        return replace(self, **{name: x.to(device) for name, x in self.tensors().items()})
+
+    def cut(self, pairs: Tensor) -> Links:
+        """Return the links without those of some pairs of frames (bool ``[T-1]``): own site, not valid."""
+        pairs = pairs.to(self.forward.device)[:, None]
+        own = sites(self.grid, device=self.forward.device)
         return replace(
             self,
-            forward=self.forward.to(device),
-            backward=self.backward.to(device),
-            valid_forward=self.valid_forward.to(device),
-            valid_backward=self.valid_backward.to(device),
+            forward=torch.where(pairs[..., None], own, self.forward),
+            backward=torch.where(pairs[..., None], own, self.backward),
+            valid_forward=self.valid_forward & ~pairs,
+            valid_backward=self.valid_backward & ~pairs,
         )
 
     @classmethod
@@ -137,35 +147,20 @@ class Links:
         _choice("resize", resize, ("area", "antialias", "nearest"))
         _choice("occ_pool", occ_pool, ("max", "mean"))
         _choice("rounding", rounding, ROUNDINGS)
-        flows = []
-        for name, flow in (("flow_forward", flow_forward), ("flow_backward", flow_backward)):
-            validation.check_tensor(name, flow, 5, "[B, T-1, 2, Hi, Wi]")
-            validation.check_dtype(name, flow, *validation.FLOATS)
-            if flow.shape[2] != 2 or min(flow.shape[3:]) < 1:
-                raise ValueError(f"{name} must be [B, T-1, 2, Hi, Wi], got shape {tuple(flow.shape)}")
-            flows.append(flow.detach().float())
-        validation.check_shape("flow_backward", flow_backward, tuple(flow_forward.shape), "as flow_forward")
-        validation.check_device("flow_backward", flow_backward, flow_forward, "flow_forward")
-        if (occ_forward is None) != (occ_backward is None):
-            raise ValueError("give both occ_forward and occ_backward, or neither")
+        validation.check_flow(flow_forward, flow_backward, occ_forward, occ_backward)
         default_alpha, default_beta = CHECKS[check]
         bounds = (
             validation.check_bound("alpha", default_alpha if alpha is None else alpha),
             validation.check_bound("beta", default_beta if beta is None else beta),
         )
-        B, pairs, _, Hi, Wi = flow_forward.shape
+        flows = [flow.detach().float() for flow in (flow_forward, flow_backward)]
         finite = [torch.isfinite(f).all(2) for f in flows]  # [B, T-1, Hi, Wi]
         flows = [f.masked_fill(~ok[:, :, None], 0.0) for f, ok in zip(flows, finite, strict=True)]
         occluded = []
-        for n, (name, given) in enumerate((("occ_forward", occ_forward), ("occ_backward", occ_backward))):
-            if given is None:
+        for n, given in enumerate((occ_forward, occ_backward)):
+            occ = given
+            if occ is None:
                 occ = occlusion(flows[n], flows[1 - n], check, *bounds, threshold_warped, motion_boundary)
-            else:
-                validation.check_tensor(name, given, 4, "[B, T-1, Hi, Wi]")
-                validation.check_dtype(name, given, torch.bool)
-                validation.check_shape(name, given, (B, pairs, Hi, Wi), "[B, T-1, Hi, Wi]")
-                validation.check_device(name, given, flow_forward, "flow_forward")
-                occ = given
             occluded.append(occ | ~finite[n])
         own = sites(grid, device=flow_forward.device)
         positions, valid = [], []

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import fnmatch
-import math
+import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -11,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zsvr_kernels import backends, validation
 from zsvr_kernels import frames as tables
-from zsvr_kernels import validation
 from zsvr_kernels.links import CHECKS, ROUNDINGS
 from zsvr_kernels.sampling import Grid
 
@@ -22,9 +23,9 @@ STAGES = ("down", "mid", "up")
 LINK_RULES = ("nearest", "corners")
 
 
-def _choice(name: str, value: object, allowed: tuple[Any, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
+def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
 
 def _flag(name: str, value: object) -> None:
@@ -37,6 +38,12 @@ def _fraction(name: str, value: object) -> float:
     if number > 1:
         raise ValueError(f"{name} must be within 0..1, got {value!r}")
     return number
+
+
+def _keep(options: object, **values: object) -> None:
+    """Set fields of a frozen instance while it is made: numbers of any kind become Python's, sequences tuples."""
+    for name, value in values.items():
+        object.__setattr__(options, name, value)
 
 
 @dataclass(frozen=True)
@@ -74,28 +81,37 @@ class CorrectionOptions:
     def __post_init__(self) -> None:
         for name in ("enabled", "similarity", "history"):
             _flag(f"correct.{name}", getattr(self, name))
-        validation.check_radius(self.radius)
         _choice("correct.feature", self.feature, ("tokens", "keys"))
-        _fraction("correct.similarity_start", self.similarity_start)
-        validation.check_int("correct.search_every", self.search_every, 1)
-        validation.check_bound("correct.margin", self.margin)
         _choice("correct.history_score", self.history_score, ("reevaluate", "stored"))
         _choice("correct.search_center", self.search_center, ("history", "flow"))
         _choice("correct.history_scope", self.history_scope, ("layer", "grid"))
         threshold = self.revive_threshold
-        if threshold is not None and not (isinstance(threshold, (int, float)) and -1 < threshold < 1):
-            raise ValueError(f"correct.revive_threshold must be None or within -1..1, got {threshold!r}")
+        if threshold is not None:
+            if isinstance(threshold, bool) or not isinstance(threshold, numbers.Real):
+                raise TypeError(f"correct.revive_threshold must be a number or None, got {threshold!r}")
+            if not -1 < threshold < 1:
+                raise ValueError(f"correct.revive_threshold must be None or within -1..1, got {threshold!r}")
+        _keep(
+            self,
+            radius=validation.check_radius(self.radius),
+            similarity_start=_fraction("correct.similarity_start", self.similarity_start),
+            search_every=validation.check_int("correct.search_every", self.search_every, 1),
+            margin=validation.check_bound("correct.margin", self.margin),
+            revive_threshold=None if threshold is None else float(threshold),
+        )
 
     def first_admitted(self, K: int) -> int:
-        """Return the first loop index k of ``K`` whose progress k/K admits candidates."""
-        k = max(0, math.ceil(self.similarity_start * K) - 1)  # the product may be rounded either way
-        while k / K < self.similarity_start:
-            k += 1
-        return k
+        """Return the first loop index k of ``K`` whose progress k/K admits candidates; K if none does."""
+        return bisect.bisect_left(range(K), self.similarity_start, key=lambda k: k / K)
+
+    def is_admitted(self, k: int, K: int) -> bool:
+        """Return whether links are corrected at step k of K."""
+        return self.enabled and (self.similarity or self.history) and k / K >= self.similarity_start
 
 
 Layers = str | Sequence[str] | Callable[[str, Grid], bool]
-Frames = str | Tensor | Callable[[int], Tensor]
+Item = tables.Relative | tables.Absolute
+Frames = str | Tensor | Sequence[Item] | Callable[[int], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,8 +120,11 @@ class SLROptions:
 
     Attributes:
         frames: frame table of the short range: ``"neighbors"``, ``"previous"``, ``"first_and_previous"``,
-            ``"all_frames"``, an int32 ``[T, R]`` tensor, or a function of T that returns one.
-        offsets, include_self, border, dedupe: of ``"neighbors"``; see `neighbors`.
+            ``"all_frames"``, a list of `relative` and `absolute` items, an int32 ``[T, R]`` tensor, or a function of T
+            that returns one. In a window of a longer clip names and items mean absolute frames; tensors and functions
+            count within the window.
+        offsets: of ``"neighbors"``.
+        include_self, border, dedupe: of every frame table given by name or items; see `index_list`.
         combine: ``"serial"``: trajectory attention whose values are the cross-frame output; ``"parallel"``:
             ``blend`` times the cross-frame output plus ``1 - blend`` times the trajectory output; ``"joint"``: one
             softmax over both sets of keys; ``"cross"``, ``"trajectory"``, ``"spatial"``: one of them alone.
@@ -154,37 +173,67 @@ class SLROptions:
     backend: str = "auto"
 
     def __post_init__(self) -> None:
-        if isinstance(self.frames, str):
-            _choice("frames", self.frames, PRESETS)
-        elif not isinstance(self.frames, Tensor) and not callable(self.frames):
-            raise TypeError(f"frames must be a preset's name, a tensor or a function of T, got {self.frames!r}")
+        frames = self.frames
+        if isinstance(frames, str):
+            _choice("frames", frames, PRESETS)
+        elif isinstance(frames, (tuple, list)):
+            if not frames or not all(isinstance(item, (tables.Relative, tables.Absolute)) for item in frames):
+                raise TypeError(f"frames must list what relative() and absolute() return, got {frames!r}")
+            frames = tuple(frames)
+        elif not isinstance(frames, Tensor) and not callable(frames):
+            raise TypeError(f"frames must be a preset's name, items, a tensor or a function of T, got {frames!r}")
+        for name in ("include_self", "dedupe", "threshold_warped", "motion_boundary"):
+            _flag(name, getattr(self, name))
         _choice("border", self.border, tables.BORDERS)
         _choice("combine", self.combine, COMBINES)
-        _fraction("blend", self.blend)
-        if isinstance(self.layers, str) and self.layers != "all":
-            raise ValueError(f'layers must be "all", a list of patterns or a predicate, got {self.layers!r}')
+        _choice("check", self.check, tuple(CHECKS))
+        _choice("resize", self.resize, ("area", "antialias", "nearest"))
+        _choice("occ_pool", self.occ_pool, ("max", "mean"))
+        _choice("rounding", self.rounding, ROUNDINGS)
+        _choice("link_rule", self.link_rule, LINK_RULES)
+        _choice("backend", self.backend, backends.BACKENDS)
+        if isinstance(self.offsets, str):
+            raise TypeError(f"offsets must be a list of ints, got {self.offsets!r}")
+        offsets = tuple(validation.check_int("offsets", o) for o in self.offsets)
+        if isinstance(frames, str) and frames == "neighbors" and not offsets and not self.include_self:
+            raise ValueError("offsets are empty: a frame table needs at least one frame")
+        layers = self.layers
+        if isinstance(layers, str):
+            if layers != "all":
+                raise ValueError(f'layers must be "all", a list of patterns or a predicate, got {layers!r}')
+        elif not callable(layers):
+            layers = tuple(layers)
+            if not all(isinstance(pattern, str) for pattern in layers):
+                raise TypeError(f"patterns of layers must be strings, got {layers!r}")
         if isinstance(self.stages, str):
             raise TypeError(f"stages must be a list of {', '.join(STAGES)}, got {self.stages!r}")
-        for stage in self.stages:
+        stages = tuple(self.stages)
+        for stage in stages:
             _choice("stages", stage, STAGES)
-        validation.check_int("min_tokens", self.min_tokens, 1)
-        if self.max_tokens is not None:
-            validation.check_int("max_tokens", self.max_tokens, self.min_tokens)
         if not isinstance(self.active, (tuple, list)) or len(self.active) != 2:
             raise TypeError(f"active must be (start, end), got {self.active!r}")
         start, end = (_fraction("active", x) for x in self.active)
         if start > end:
             raise ValueError(f"active must rise, got {self.active!r}")
-        _choice("check", self.check, tuple(CHECKS))
-        _choice("resize", self.resize, ("area", "antialias", "nearest"))
-        _choice("occ_pool", self.occ_pool, ("max", "mean"))
-        validation.check_window(self.window)
-        _choice("rounding", self.rounding, ROUNDINGS)
-        _choice("link_rule", self.link_rule, LINK_RULES)
         if not isinstance(self.correct, CorrectionOptions):
             raise TypeError(f"correct must be zsvr_kernels.CorrectionOptions, got {type(self.correct).__name__}")
-        validation.check_int("conditional", self.conditional)
-        validation.check_int("prefix", self.prefix, 0)
+        least = validation.check_int("min_tokens", self.min_tokens, 1)
+        _keep(
+            self,
+            frames=frames,
+            offsets=offsets,
+            layers=layers,
+            stages=stages,
+            active=(start, end),
+            blend=_fraction("blend", self.blend),
+            min_tokens=least,
+            max_tokens=None if self.max_tokens is None else validation.check_int("max_tokens", self.max_tokens, least),
+            alpha=None if self.alpha is None else validation.check_bound("alpha", self.alpha),
+            beta=None if self.beta is None else validation.check_bound("beta", self.beta),
+            window=validation.check_window(self.window),
+            conditional=validation.check_int("conditional", self.conditional),
+            prefix=validation.check_int("prefix", self.prefix, 0),
+        )
 
     def table(self, T: int, ids: Sequence[int] | None = None) -> Tensor:
         """Return the frame table ``int32 [T, R]`` of a clip of T frames with absolute numbers ``ids``."""
@@ -193,22 +242,12 @@ class SLROptions:
         elif callable(self.frames):
             result = self.frames(T)
         else:
-            items: list[tables.Relative | tables.Absolute]
-            if self.frames == "neighbors":
-                items = [tables.relative(o) for o in self.offsets]
-            elif self.frames == "previous":
-                items = [tables.relative(-1)]
-            elif self.frames == "first_and_previous":
-                items = [tables.absolute(0), tables.relative(-1)]
-            else:
-                items = [tables.absolute(f) for f in (range(T) if ids is None else ids)]
-            neighbor = self.frames == "neighbors"
             return tables.index_list(
                 T,
-                items,
-                include_self=self.include_self and neighbor,
-                border=self.border if neighbor else "replicate",
-                dedupe=self.dedupe and neighbor,
+                self._items(T, ids),
+                include_self=self.include_self,
+                border=self.border,
+                dedupe=self.dedupe,
                 ids=ids,
             )
         validation.check_tensor("frames", result, 2, "[T, R]")
@@ -217,6 +256,18 @@ class SLROptions:
             raise ValueError(f"frames must be [T, R] with T = {T} rows and R >= 1, got {tuple(result.shape)}")
         validation.check_frame_values(result, T)
         return result
+
+    def _items(self, T: int, ids: Sequence[int] | None) -> Sequence[Item]:
+        if not isinstance(self.frames, str):
+            assert isinstance(self.frames, tuple)
+            return self.frames
+        if self.frames == "neighbors":
+            return [tables.relative(o) for o in self.offsets]
+        if self.frames == "previous":
+            return [tables.relative(-1)]
+        if self.frames == "first_and_previous":
+            return [tables.absolute(0), tables.relative(-1)]
+        return [tables.absolute(f) for f in (range(T) if ids is None else ids)]
 
     def takes(self, name: str) -> str | None:
         """Return why the layer of that name is left alone, or None if these options take it."""
@@ -249,6 +300,10 @@ class SLROptions:
         """Return the keywords for `Links.from_flow`."""
         names = ("check", "alpha", "beta", "threshold_warped", "motion_boundary", "resize", "occ_pool", "rounding")
         return {name: getattr(self, name) for name in names}
+
+    def chain_options(self) -> dict[str, Any]:
+        """Return the keywords for `chain_links`."""
+        return {name: getattr(self, name) for name in ("window", "rounding", "link_rule")}
 
     def with_(self, **changes: Any) -> SLROptions:
         """Return a copy with changes; names of `CorrectionOptions` go there with the prefix ``correct_``."""

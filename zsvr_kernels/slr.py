@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from zsvr_kernels import validation
+from zsvr_kernels import backends, validation
 from zsvr_kernels.adapters import Adapter, adapt
 from zsvr_kernels.context import VideoContext
 from zsvr_kernels.merging import merge_attention
@@ -75,6 +75,7 @@ def slr_attention(
     if blend > 1:
         raise ValueError(f"blend must be within 0..1, got {blend}")
     prefix = validation.check_int("prefix", prefix, 0)
+    q, k, v = backends.autocast(q, k, v)
     T = validation.check_qkv(q, k, v).T
     if k.shape[1] != T:
         raise ValueError(f"q has T = {T} frames, but k and v have {k.shape[1]}: SLR attention takes one clip")
@@ -132,7 +133,8 @@ class SLRAttention(nn.Module):
         qkv_bias, out_bias: biases of the projections.
         residual: add the input to the output.
         prefix: tokens before the grid's in a token sequence; see `SLROptions`.
-        name: under which the context keeps this layer's history; None: a number.
+        name: under which the context keeps this layer's history; None: a number of this process. Give one where
+            the history is to outlive it (`VideoContext.save`).
 
     Shape:
         x: ``[N, C, Hg, Wg]`` or ``[N, P, C]``, the output alike. For tokens the grid is ``grid``, or the context's
@@ -172,12 +174,26 @@ class SLRAttention(nn.Module):
             out_bias=out_bias,
             residual=residual,
         )
-        self._adopt(adapt(self.attention), prefix, name)
+        self._adopt(prefix, name)
 
-    def _adopt(self, adapter: Adapter, prefix: int, name: str | None) -> None:
-        self.adapter = adapter
+    def _adopt(self, prefix: int, name: str | None, qkv_order: str | None = None) -> None:
+        self._qkv_order = qkv_order
+        self._adapter = adapt(self.attention, qkv_order=qkv_order)
         self.prefix = validation.check_int("prefix", prefix, 0)
+        self._is_named = name is not None
         self.name = f"slr{next(_numbers)}" if name is None else name
+
+    @property
+    def adapter(self) -> Adapter:
+        """What takes the attention apart."""
+        if self._adapter.module is not self.attention:  # replaced by another, or this layer is a replica
+            self._adapter = adapt(self.attention, qkv_order=self._qkv_order)
+        return self._adapter
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if not self._is_named:  # a copy keeps its own history
+            self.name = f"slr{next(_numbers)}"
 
     @classmethod
     def from_attention(
@@ -199,7 +215,7 @@ class SLRAttention(nn.Module):
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.attention = module
-        layer._adopt(adapt(module, qkv_order=qkv_order), prefix, name)
+        layer._adopt(prefix, name, qkv_order)
         return layer
 
     def extra_repr(self) -> str:
@@ -223,9 +239,13 @@ def attend(
 ) -> Tensor:
     """Run an attention layer with SLR attention at its heart; ``inputs`` go to the adapter's `Adapter.begin`."""
     validation.check_tensor("x", x, 4 if x.dim() == 4 else 3, "[N, C, Hg, Wg] or [N, P, C]")
-    plan = _plan(context, tuple(x.shape), x.device, grid, prefix)
+    if context is None:
+        table = torch.zeros(1, 1, dtype=torch.int32, device=x.device)
+        plan = _Plan((x.shape[0], 1), grid, "spatial", 0.5, "auto", 0, table, False, False)
+    else:
+        plan = _plan(context, tuple(x.shape), x.device, grid, prefix)
     tokens, state = adapter.begin(x, **inputs)  # [N, P, C]
-    q, k, v = (y.unflatten(0, (plan.clips, -1)) for y in adapter.project(tokens))  # [B, T, P, H, D]
+    q, k, v = (y.unflatten(0, plan.batch) for y in adapter.project(tokens))  # [B, T, P, H, D]
     trajectories = None
     if context is not None and plan.needs_trajectories:
         features = _features(context, tokens, k, plan.prefix) if plan.uses_features else None
@@ -248,7 +268,7 @@ def attend(
 class _Plan(NamedTuple):
     """What one call of a layer does."""
 
-    clips: int
+    batch: tuple[int, int]  # clips (with guidance branches), frames
     grid: Grid | None
     combine: str
     blend: float
@@ -260,13 +280,7 @@ class _Plan(NamedTuple):
 
 
 @torch.compiler.disable
-def _plan(
-    context: VideoContext | None, shape: tuple[int, ...], device: torch.device, grid: Grid | None, prefix: int
-) -> _Plan:
-    clips = batch_of(shape[0], context)
-    if context is None:
-        table = torch.zeros(1, 1, dtype=torch.int32, device=device)
-        return _Plan(clips, grid, "spatial", 0.5, "auto", 0, table, False, False)
+def _plan(context: VideoContext, shape: tuple[int, ...], device: torch.device, grid: Grid | None, prefix: int) -> _Plan:
     options = context.options
     prefix = max(prefix, options.prefix) if len(shape) == 3 else 0
     combine = options.combine if options.is_active(context.progress) else "spatial"
@@ -281,7 +295,7 @@ def _plan(
             f"grid {grid[0]}x{grid[1]} has {grid[0] * grid[1]} sites, but x has {shape[1] - prefix} tokens"
         )
     return _Plan(
-        clips,
+        (clips_of(shape[0], context), context.frames),
         grid,
         combine,
         options.blend,
@@ -298,10 +312,8 @@ def needs_grid(options: SLROptions) -> bool:
     return options.combine not in ("cross", "spatial")
 
 
-def batch_of(N: int, context: VideoContext | None) -> int:
+def clips_of(N: int, context: VideoContext) -> int:
     """Return how many clips (with guidance branches) a batch of N frames holds, or raise ValueError."""
-    if context is None:
-        return N
     T, B = context.frames, context.clips
     if N == 0 or N % T:
         raise ValueError(

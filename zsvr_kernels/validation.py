@@ -87,6 +87,15 @@ def check_int(name: str, value: object, minimum: int | None = None) -> int:
     return value
 
 
+def check_step(k: object, K: object) -> tuple[int, int]:
+    """Return the index and the number of sampling steps, ``0 <= k < K``."""
+    steps = check_int("K", K, 1)
+    step = check_int("k", k, 0)
+    if step >= steps:
+        raise ValueError(f"k must be within 0..K-1 = 0..{steps - 1}, got {step}")
+    return step, steps
+
+
 LARGEST_WINDOW = 65535
 
 
@@ -153,6 +162,36 @@ def check_links(
         check_shape(name, x, tuple(forward.shape[:3]), "[B, T-1, P] of forward")
         check_device(name, x, forward, "forward")
     return Hg, Wg
+
+
+def check_flow(
+    flow_forward: Tensor,  # [B, T-1, 2, Hi, Wi]
+    flow_backward: Tensor,  # [B, T-1, 2, Hi, Wi]
+    occ_forward: Tensor | None,  # bool [B, T-1, Hi, Wi]
+    occ_backward: Tensor | None,  # bool [B, T-1, Hi, Wi]
+) -> None:
+    """Check optical flow and, if given, its occlusion against each other.
+
+    Raises:
+        TypeError: not tensors, or dtypes other than floating and bool.
+        ValueError: ranks, shapes or devices that do not fit; one occlusion without the other.
+    """
+    for name, x in (("flow_forward", flow_forward), ("flow_backward", flow_backward)):
+        check_tensor(name, x, 5, "[B, T-1, 2, Hi, Wi]")
+        check_dtype(name, x, *FLOATS)
+        if x.shape[2] != 2 or min(x.shape[3:]) < 1:
+            raise ValueError(f"{name} must be [B, T-1, 2, Hi, Wi], got shape {tuple(x.shape)}")
+    check_shape("flow_backward", flow_backward, tuple(flow_forward.shape), "as flow_forward")
+    check_device("flow_backward", flow_backward, flow_forward, "flow_forward")
+    if (occ_forward is None) != (occ_backward is None):
+        raise ValueError("give both occ_forward and occ_backward, or neither")
+    shape = (*flow_forward.shape[:2], *flow_forward.shape[3:])
+    for name, occ in (("occ_forward", occ_forward), ("occ_backward", occ_backward)):
+        if occ is not None:
+            check_tensor(name, occ, 4, "[B, T-1, Hi, Wi]")
+            check_dtype(name, occ, torch.bool)
+            check_shape(name, occ, shape, "[B, T-1, Hi, Wi]")
+            check_device(name, occ, flow_forward, "flow_forward")
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> Sizes:

@@ -1,0 +1,567 @@
+"""VideoContext: what it builds and when, its state machine, windows, devices, memory."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import zsvr_kernels as zk
+from zsvr_kernels import context as context_module
+from zsvr_kernels.sampling import sites
+
+NOW = zk.CorrectionOptions(similarity_start=0.0)
+
+
+def some_flow(B, T, size, generator, scale=4.0):
+    """Smooth flow and its near opposite, so that most of it passes the check."""
+    coarse = scale * torch.randn(B * (T - 1), 2, 2, 2, generator=generator)
+    fine = torch.nn.functional.interpolate(coarse, size, mode="bilinear").unflatten(0, (B, T - 1)) if T > 1 else None
+    if fine is None:
+        fine = torch.zeros(B, 0, 2, *size)
+    return fine, -fine + 0.05 * torch.randn(fine.shape, generator=generator)
+
+
+def some_context(generator, B=1, T=4, size=(32, 48), **arguments):
+    return zk.VideoContext(*some_flow(B, T, size, generator), **arguments)
+
+
+def layers(count, **arguments):
+    torch.manual_seed(3)
+    return [zk.SLRAttention(16, 2, groups=4, name=f"layer{n}", **arguments) for n in range(count)]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(x, b[name]) for name, x in a.items())
+
+
+def snapshot(context):
+    return {f"{key}.{n}": x.clone() for key, h in context.history().items() for n, x in h.tensors().items()}
+
+
+class Counter:
+    """Counts what a context builds."""
+
+    def __init__(self, monkeypatch):
+        self.links, self.chains, self.corrections = 0, 0, 0
+        build, chain, correct = zk.Links.from_flow, context_module.chain_links, context_module.correct_links
+
+        def from_flow(*arguments, **keywords):
+            self.links += 1
+            return build(*arguments, **keywords)
+
+        def chain_links(*arguments, **keywords):
+            self.chains += 1
+            return chain(*arguments, **keywords)
+
+        def correct_links(*arguments, **keywords):
+            self.corrections += 1
+            return correct(*arguments, **keywords)
+
+        monkeypatch.setattr(zk.Links, "from_flow", from_flow)
+        monkeypatch.setattr(context_module, "chain_links", chain_links)
+        monkeypatch.setattr(context_module, "correct_links", correct_links)
+
+    def take(self):
+        counts = self.links, self.chains, self.corrections
+        self.links = self.chains = self.corrections = 0
+        return counts
+
+
+@pytest.fixture
+def counter(monkeypatch):
+    return Counter(monkeypatch)
+
+
+# ---- what is built, and when ----
+
+
+def test_everything_is_built_once_and_only_when_asked_for(counter, generator):
+    context = some_context(generator)
+    assert counter.take() == (0, 0, 0)
+    first = context.trajectories((4, 6))
+    assert counter.take() == (1, 1, 0)
+    assert context.trajectories((4, 6)) is first and context.trajectories([4, 6]) is first
+    context.links((4, 6))
+    assert counter.take() == (0, 0, 0)
+    context.links((8, 12))
+    assert counter.take() == (1, 0, 0)
+    context.trajectories((8, 12))
+    assert counter.take() == (0, 1, 0)
+
+
+def test_links_and_trajectories_are_those_of_the_parts(generator):
+    forward, backward = some_flow(2, 4, (32, 48), generator)
+    options = zk.SLROptions(
+        check="S", alpha=0.1, beta=0.5, motion_boundary=True, resize="antialias", occ_pool="mean",
+        window=2, rounding="nearest", link_rule="corners",
+    )  # fmt: skip
+    context = zk.VideoContext(forward, backward, options=options)
+    links = zk.Links.from_flow(
+        forward, backward, grid=(4, 6), check="S", alpha=0.1, beta=0.5, motion_boundary=True,
+        resize="antialias", occ_pool="mean", rounding="nearest",
+    )  # fmt: skip
+    assert same(context.links((4, 6)).tensors(), links.tensors())
+    expected = zk.chain_links(links, window=2, rounding="nearest", link_rule="corners")
+    got = context.trajectories((4, 6))
+    assert torch.equal(got.positions, expected.positions) and torch.equal(got.valid, expected.valid)
+    assert 0.1 < float(got.valid.float().mean()) < 0.9
+
+
+def test_given_occlusion_replaces_the_check(generator):
+    flow = some_flow(1, 3, (8, 8), generator)
+    occ = [torch.rand(1, 2, 8, 8, generator=generator) < 0.3 for _ in range(2)]
+    context = zk.VideoContext(*flow, occ_forward=occ[0], occ_backward=occ[1])
+    links = context.links((8, 8))
+    assert torch.equal(links.valid_forward, ~occ[0].flatten(2)) and torch.equal(links.valid_backward, ~occ[1].flatten(2))
+
+
+def test_layers_and_steps_share_what_is_built(counter, generator, search):
+    context = some_context(generator, options=zk.SLROptions(correct=zk.CorrectionOptions(similarity_start=0.5)))
+    x = torch.randn(4, 16, 4, 6, generator=generator)
+    for k in range(4):
+        with context.step(k, 4), torch.no_grad():
+            for layer in layers(2):
+                layer(x, context)
+        assert counter.take() == ((1 if k == 0 else 0), (1 if k == 0 else 0 if k < 2 else 2), (0 if k < 2 else 2))
+
+
+CHANGES = [
+    ({"combine": "joint", "blend": 0.1, "backend": "reference", "frames": "previous"}, (0, 0), True),
+    ({"correct_radius": 1, "correct_margin": 0.2, "correct_enabled": False}, (0, 0), True),
+    ({"window": 1}, (0, 1), True),
+    ({"link_rule": "corners"}, (0, 1), True),
+    ({"rounding": "nearest"}, (1, 1), False),
+    ({"alpha": 0.3}, (1, 1), False),
+    ({"occ_pool": "mean"}, (1, 1), False),
+    ({"correct_feature": "keys"}, (0, 0), False),
+    ({"correct_history_scope": "grid"}, (0, 0), False),
+]
+
+
+@pytest.mark.parametrize(("changes", "built", "keeps_history"), CHANGES, ids=lambda x: str(x))
+def test_configure_builds_anew_what_depends_on_a_change_and_only_that(
+    changes, built, keeps_history, counter, generator, search
+):
+    context = some_context(generator, options=zk.SLROptions(correct=NOW))
+    (layer,) = layers(1)
+    x = torch.randn(4, 16, 4, 6, generator=generator)
+    with context.step(3, 4):
+        layer(x, context)
+    before = snapshot(context)
+    assert len(before) == 6
+    context.begin_step(2, 4)
+    context.trajectories((4, 6))
+    counter.take()
+    context.configure(context.options.with_(**changes))
+    context.trajectories((4, 6))
+    assert counter.take()[:2] == built
+    assert same(snapshot(context), before if keeps_history else {})
+    assert context.progress == 0.5  # where sampling is does not depend on options
+    if "combine" in changes:
+        assert torch.equal(context.table(), zk.previous(4))
+
+
+def test_a_failing_configure_changes_nothing(generator):
+    context = some_context(generator)
+    before = context.options
+    with pytest.raises(ValueError, match="T = 4 rows"):
+        context.configure(zk.SLROptions(frames=zk.neighbors(5)))
+    with pytest.raises(TypeError, match="options must be zsvr_kernels.SLROptions"):
+        context.configure("default")
+    assert context.options is before and torch.equal(context.table(), zk.neighbors(4))
+
+
+def test_what_inference_mode_builds_serves_a_later_backward(generator, search):
+    context = some_context(generator, options=zk.SLROptions(correct=NOW))
+    (layer,) = layers(1)
+    x = torch.randn(4, 16, 4, 6, generator=generator)
+    with torch.inference_mode(), context.step(0, 2):
+        first = layer(x, context)
+    with context.step(1, 2):
+        layer(x.requires_grad_(), context).sum().backward()
+    assert float(x.grad.abs().max()) > 0 and first.shape == x.shape
+
+
+# ---- the state machine ----
+
+
+def test_a_forward_reads_committed_history_only(generator, search):
+    context = some_context(generator, options=zk.SLROptions(correct=NOW))
+    x = [torch.randn(4, 16, 4, 6, generator=generator) for _ in range(2)]
+    (layer,) = layers(1)
+    with torch.no_grad():
+        context.begin_step(0, 2)
+        first = layer(x[0], context)
+        assert context.history() == {}
+        assert torch.equal(layer(x[0], context), first)
+        context.commit()
+        assert list(context.history()) == ["layer0/4x6"]
+        after_one = snapshot(context)
+        context.begin_step(1, 2)
+        second = layer(x[1], context)
+        layer(x[0], context)  # overwrites what was pending
+        assert torch.equal(layer(x[1], context), second)
+        assert same(snapshot(context), after_one)
+        context.begin_step(1, 2)  # time travel: the step begins again, and what was pending is gone
+        context.commit()
+        assert same(snapshot(context), after_one)
+        with context.step(1, 2):
+            assert torch.equal(layer(x[1], context), second)
+        assert not same(snapshot(context), after_one)
+        context.reset()
+        assert context.history() == {} and context.progress == 0
+
+
+def test_history_reaches_the_next_step(generator, search):
+    """With the same features, a second step around the first one's links must go further than a single one."""
+    options = zk.SLROptions(correct=zk.CorrectionOptions(similarity_start=0.0, radius=1))
+    x = [torch.randn(4, 16, 4, 6, generator=generator) for _ in range(2)]
+    flow = some_flow(1, 4, (32, 48), generator)
+    (layer,) = layers(1)
+    outputs = []
+    for warm in (False, True):
+        context = zk.VideoContext(*flow, options=options)
+        with torch.no_grad():
+            if warm:
+                with context.step(0, 2):
+                    layer(x[0], context)
+            with context.step(1, 2):
+                outputs.append(layer(x[1], context))
+    assert not torch.equal(*outputs)
+
+
+def test_an_exception_drops_what_was_pending(generator, search):
+    context = some_context(generator, options=zk.SLROptions(correct=NOW))
+    (layer,) = layers(1)
+    x = torch.randn(4, 16, 4, 6, generator=generator)
+    with pytest.raises(KeyError), context.step(0, 2):
+        layer(x, context)
+        raise KeyError
+    assert context.history() == {} and not context.uses_features()
+    context.commit()
+    assert context.history() == {}
+
+
+def test_outside_steps_and_before_admission_nothing_is_corrected(counter, generator, search):
+    context = some_context(generator)
+    (layer,) = layers(1)
+    x = torch.randn(4, 16, 4, 6, generator=generator)
+    with torch.no_grad():
+        outside = layer(x, context)
+        with context.step(4, 10):
+            assert not context.uses_features()
+            assert torch.equal(layer(x, context), outside)
+        assert counter.take()[2] == 0 and context.history() == {}
+        with context.step(5, 10):
+            assert context.uses_features()
+            assert not torch.equal(layer(x, context), outside)
+        assert counter.take()[2] == 1
+        context.configure(context.options.with_(correct_similarity=False, correct_history=False))
+        with context.step(5, 10):
+            assert not context.uses_features() and torch.equal(layer(x, context), outside)
+
+
+@pytest.mark.parametrize("scope", ["layer", "grid"])
+def test_several_layers(scope, counter, generator, search):
+    context = some_context(generator, options=zk.SLROptions(correct=zk.CorrectionOptions(
+        similarity_start=0.0, history_scope=scope)))  # fmt: skip
+    first, second = layers(2)
+    small = torch.randn(4, 16, 4, 6, generator=generator)
+    large = torch.randn(4, 16, 8, 12, generator=generator)
+    with context.step(0, 1), torch.no_grad():
+        outputs = [first(small, context), second(small, context), first(large, context)]
+        corrected = [context.corrected(n, (4, 6), torch.randn(1, 4, 24, 16)) for n in ("layer0", "layer1")]
+    if scope == "layer":
+        assert list(context.history()) == ["layer0/4x6", "layer1/4x6", "layer0/8x12"]
+        assert counter.take()[2] == 5
+        assert not torch.equal(corrected[0].positions, corrected[1].positions)
+    else:
+        assert list(context.history()) == ["4x6", "8x12"]
+        assert counter.take()[2] == 3  # the second layer of a grid takes what the first one found
+        assert corrected[0] is corrected[1]
+    assert all(y.shape == x.shape for x, y in zip((small, small, large), outputs, strict=True))
+    with context.step(0, 1), torch.no_grad():
+        second(small, context)
+    assert counter.take()[2] == 1  # the next step has a first layer of its own
+
+
+@pytest.mark.parametrize("scope", ["layer", "grid"])
+def test_checkpointing_gives_the_same_gradients_and_history(scope, generator, search):
+    options = zk.SLROptions(correct=zk.CorrectionOptions(similarity_start=0.0, history_scope=scope))
+    flow = some_flow(1, 4, (32, 48), generator)
+    inputs = [torch.randn(4, 16, 4, 6, generator=generator) for _ in range(2)]
+    results = []
+    for is_checkpointed in (False, True):
+        context = zk.VideoContext(*flow, options=options)
+        pair = layers(2)
+        gradients = []
+        for k, x in enumerate(inputs):
+            y = x = x.clone().requires_grad_()
+            with context.step(k, 2):
+                for layer in pair:
+                    y = checkpoint(layer, y, context, use_reentrant=False) if is_checkpointed else layer(y, context)
+                y.square().sum().backward()
+            gradients.append(x.grad)
+        weights = {f"{n}.{name}": p.grad for n, layer in enumerate(pair) for name, p in layer.named_parameters()}
+        results.append({"x0": gradients[0], "x1": gradients[1], **weights, **snapshot(context)})
+    assert len(results[0]) == 2 + 12 + (12 if scope == "layer" else 6)
+    assert same(*results)
+
+
+@pytest.mark.parametrize("feature", ["tokens", "keys"])
+@pytest.mark.parametrize(("conditional", "branch"), [(-1, 2), (0, 0), (1, 1)])
+def test_links_are_corrected_by_the_conditional_branch(conditional, branch, feature, generator, search):
+    B, T, G = 2, 3, 3
+    options = zk.SLROptions(correct=zk.CorrectionOptions(similarity_start=0.0, feature=feature), conditional=conditional)
+    flow = some_flow(B, T, (16, 24), generator)
+    x = torch.randn(G * B * T, 16, 4, 6, generator=generator)
+    (layer,) = layers(1)
+    histories, outputs = [], []
+    for batch in (x, x.unflatten(0, (G, B * T))[branch]):
+        context = zk.VideoContext(*flow, options=options)
+        with context.step(0, 1), torch.no_grad():
+            outputs.append(layer(batch, context))
+        histories.append(snapshot(context))
+    assert same(*histories) and histories[0]["layer0/4x6.forward"].shape == (B, T - 1, 24, 2)
+    torch.testing.assert_close(outputs[0].unflatten(0, (G, B * T))[branch], outputs[1])
+    context.configure(options.with_(conditional=3))
+    with pytest.raises(ValueError, match="conditional = 3, but the batch has 3 branches"), context.step(0, 1):
+        layer(x, context)
+
+
+def test_clips_do_not_mix(generator, search):
+    B, T = 2, 3
+    options = zk.SLROptions(correct=NOW)
+    forward, backward = some_flow(B, T, (16, 24), generator)
+    x = torch.randn(B * T, 16, 4, 6, generator=generator)
+    (layer,) = layers(1)
+    both = zk.VideoContext(forward, backward, options=options)
+    with both.step(0, 1), torch.no_grad():
+        together = layer(x, both)
+    for b in range(B):
+        one = zk.VideoContext(forward[b : b + 1], backward[b : b + 1], options=options)
+        with one.step(0, 1), torch.no_grad():
+            torch.testing.assert_close(layer(x[b * T : (b + 1) * T], one), together[b * T : (b + 1) * T])
+        expected = {name: v[b : b + 1] for name, v in snapshot(both).items()}
+        assert same({k: v for k, v in snapshot(one).items() if "score" not in k},
+                    {k: v for k, v in expected.items() if "score" not in k})  # fmt: skip
+
+
+# ---- links of one's own, grids ----
+
+
+def test_set_links_replaces_the_flows(counter, generator, search):
+    context = some_context(generator, options=zk.SLROptions(correct=NOW))
+    (layer,) = layers(1)
+    x = torch.randn(4, 16, 4, 6, generator=generator)
+    with context.step(1, 2):
+        layer(x, context)
+    context.trajectories((8, 12))
+    other = zk.Links.from_flow(*some_flow(1, 4, (32, 48), generator), grid=(4, 6))
+    counter.take()
+    context.set_links(other)
+    assert context.history() == {} and context.progress == 0.5
+    assert context.links((4, 6)).forward is other.forward
+    expected = zk.chain_links(other)
+    assert torch.equal(context.trajectories((4, 6)).positions, expected.positions)
+    context.trajectories((8, 12))
+    assert counter.take() == (0, 1, 0)
+    context.configure(context.options.with_(alpha=0.5))  # of the flow's check; these links are not from the flow
+    assert context.links((4, 6)).forward is other.forward
+    for wrong, error in ((other.forward, TypeError), (zk.Links.from_flow(*some_flow(1, 5, (8, 8), generator),
+                         grid=(4, 6)), ValueError), (zk.Links.from_flow(*some_flow(2, 4, (8, 8), generator),
+                         grid=(4, 6)), ValueError)):  # fmt: skip
+        with pytest.raises(error, match="links must be"):
+            context.set_links(wrong)
+    assert context.links((4, 6)).forward is other.forward and context.clips == 1
+
+
+def test_links_alone_make_a_context(generator):
+    context = zk.VideoContext(frames=3, grids=[(4, 6)])
+    assert not context.has_flow and context.clips == 1 and context.device.type == "cpu"
+    with pytest.raises(ValueError, match="this context has no flow"):
+        context.trajectories((4, 6))
+    with pytest.raises(ValueError, match=r"links must be for \[B, T-1\] = \[B, 2\], got \[1, 3\]"):
+        context.set_links(zk.Links.from_flow(*some_flow(1, 4, (8, 8), generator), grid=(4, 6)))
+    context.set_links(zk.Links.from_flow(*some_flow(2, 3, (8, 8), generator), grid=(4, 6)))
+    assert context.has_flow and context.clips == 2
+    (layer,) = layers(1)
+    assert layer(torch.randn(6, 24, 16), context).shape == (6, 24, 16)
+
+
+def test_without_flow_cross_and_spatial_run(generator):
+    (layer,) = layers(1)
+    x = torch.randn(3, 24, 16, generator=generator)
+    context = zk.VideoContext(frames=3, options=zk.SLROptions(combine="cross"))
+    assert not torch.equal(layer(x, context), layer(x))
+    context.configure(zk.SLROptions(combine="spatial"))
+    assert torch.allclose(layer(x, context), layer(x), atol=1e-6)
+    context.configure(zk.SLROptions())
+    with pytest.raises(ValueError, match="no flow"):
+        layer(x, context, grid=(4, 6))
+
+
+def test_grid_of():
+    context = zk.VideoContext(frames=1, size=(33, 50), grids=[(2, 7), (5, 5)])
+    halvings = [(33, 50), (17, 25), (9, 13), (5, 7), (3, 4), (2, 2), (1, 1)]
+    for grid in halvings:
+        assert context.grid_of(grid[0] * grid[1]) == grid
+    assert context.grid_of(14) == (2, 7) and context.grid_of(25) == (5, 5)
+    for tokens in (0, -3, 2, 24, 1649, 10**12):
+        with pytest.raises(ValueError, match=rf"no token grid has {tokens} sites; tried 2x7, 5x5, 33x50"):
+            context.grid_of(tokens)
+    with pytest.raises(ValueError, match="tried none"):
+        zk.VideoContext(frames=1).grid_of(4)
+    flow = torch.zeros(1, 1, 2, 24, 16)
+    assert zk.VideoContext(flow, flow).grid_of(96) == (12, 8)
+    assert zk.VideoContext(flow, flow, size=(8, 12)).grid_of(96) == (8, 12)
+    assert zk.VideoContext(flow, flow, grids=[(4, 24)]).grid_of(96) == (4, 24)
+
+
+def test_prefix_tokens_are_counted_out_of_the_grid(generator, search):
+    context = some_context(generator, size=(8, 12), options=zk.SLROptions(prefix=2, correct=NOW))
+    x = torch.randn(4, 26, 16, generator=generator)
+    (layer,) = layers(1)
+    with context.step(0, 1), torch.no_grad():
+        assert layer(x, context).shape == x.shape
+    assert list(context.history()) == ["layer0/4x6"]
+    with pytest.raises(ValueError, match="no token grid has 25 sites"):
+        layer(torch.randn(4, 27, 16), context)
+    with pytest.raises(ValueError, match="grid 4x7 has 28 sites, but x has 24 tokens"):
+        layer(x, context, grid=(4, 7))
+
+
+# ---- windows, devices, memory ----
+
+
+def test_a_window_is_the_matching_part_of_the_clip(generator):
+    flow = some_flow(2, 6, (16, 24), generator)
+    occ = {f"occ_{n}": torch.rand(2, 5, 16, 24, generator=generator) < 0.02 for n in ("forward", "backward")}
+    whole = zk.VideoContext(*flow, **occ, options=zk.SLROptions(frames="first_and_previous"), grids=[(2, 12)])
+    given = zk.Links.from_flow(*some_flow(2, 6, (8, 8), generator), grid=(2, 3))
+    whole.set_links(given)
+    part = whole.window(2, 5)
+    assert (part.frames, part.clips, part.ids) == (3, 2, [2, 3, 4]) and part.grid_of(24) == (2, 12)
+    for grid in ((4, 6), (2, 3)):
+        assert same(part.links(grid).tensors(), {n: x[:, 2:4] for n, x in whole.links(grid).tensors().items()})
+        inside, all_ = part.trajectories(grid), whole.trajectories(grid)
+        assert torch.equal(inside.positions, all_.positions[:, 2:5, 2:5])
+        assert torch.equal(inside.valid, all_.valid[:, 2:5, 2:5])
+    assert part.table().tolist() == [[0, -1], [1, 0], [2, 1]]  # frame 0 is not here: the frame itself instead
+    assert whole.window(0, 3).table().tolist() == [[0, -1], [0, -1], [0, 1]]
+    again = part.window(1, 3)
+    assert again.ids == [3, 4] and same(again.links((4, 6)).tensors(), {
+        n: x[:, 3:4] for n, x in whole.links((4, 6)).tensors().items()})  # fmt: skip
+    single = whole.window(5, 6)
+    assert single.trajectories((4, 6)).positions.shape == (2, 1, 1, 24, 2)
+    assert part._flow["flow_forward"].untyped_storage().data_ptr() == flow[0].untyped_storage().data_ptr()
+    for start, stop in ((3, 3), (4, 2), (0, 7), (-1, 2)):
+        with pytest.raises(ValueError, match="must be"):
+            whole.window(start, stop)
+
+
+def test_history_of_a_window_is_its_own(generator, search):
+    whole = some_context(generator, options=zk.SLROptions(correct=NOW))
+    part = whole.window(1, 3)
+    (layer,) = layers(1)
+    with part.step(0, 1):
+        layer(torch.randn(2, 16, 4, 6), part)
+    assert part.history() and not whole.history() and whole.progress == 0
+
+
+def test_pairs_that_are_not_adjacent_have_no_links(generator, search):
+    flow = some_flow(1, 4, (16, 24), generator)
+    context = zk.VideoContext(*flow, ids=[0, 5, 6, 9], options=zk.SLROptions(frames="first_and_previous", correct=NOW))
+    plain = zk.VideoContext(*flow).links((4, 6))
+    links = context.links((4, 6))
+    for name in ("forward", "backward"):
+        assert torch.equal(getattr(links, name)[:, 1], getattr(plain, name)[:, 1])
+        assert torch.equal(getattr(links, f"valid_{name}")[:, 1], getattr(plain, f"valid_{name}")[:, 1])
+        for pair in (0, 2):
+            assert torch.equal(getattr(links, name)[0, pair], sites((4, 6)))
+            assert not bool(getattr(links, f"valid_{name}")[:, pair].any())
+    assert context.table().tolist() == [[0, -1], [0, 1], [0, 1], [0, 3]]
+    trajectories = context.trajectories((4, 6))
+    assert bool(trajectories.isolated()[:, [0, 3]].all()) and not bool(trajectories.isolated()[:, 1:3].all())
+    (layer,) = layers(1)
+    with context.step(0, 1):
+        layer(torch.randn(4, 16, 4, 6), context)
+    (history,) = context.history().values()
+    assert not bool(history.has_forward[:, [0, 2]].any()) and bool(history.has_forward[:, 1].any())
+
+
+def test_memory_is_the_documented_formula(generator, search):
+    B, T, size, grid = 2, 4, (32, 48), (4, 6)
+    P, pairs = 24, 2 * 3
+    context = some_context(generator, B, T, size, options=zk.SLROptions(correct=NOW, window=1))
+    flow = 2 * 8 * pairs * size[0] * size[1]
+    assert context.nbytes == {"flow": flow, "links": 0, "trajectories": 0, "history": 0}
+    context.links(grid)
+    assert context.nbytes["links"] == 18 * pairs * P
+    trajectories = context.trajectories(grid)
+    chained = 9 * B * T * 3 * P + 4 * T * 3
+    assert context.nbytes["trajectories"] == chained
+    pair = layers(2)
+    x = torch.randn(B * T, 16, *grid, generator=generator)
+    context.begin_step(0, 1)
+    for layer in pair:
+        layer(x, context)
+    context.commit()
+    assert context.nbytes == {
+        "flow": flow, "links": 18 * pairs * P, "trajectories": chained, "history": 2 * 26 * pairs * P,
+    }  # fmt: skip
+    context.set_links(context.links(grid))
+    context.links(grid)
+    assert context.nbytes["links"] == 18 * pairs * P  # held twice, counted once
+    if zk.build_info()["native"].startswith("yes"):
+        trajectories = context.trajectories(grid)
+        index = trajectories.inverse(T)
+        assert context.nbytes["trajectories"] == chained + sum(t.numel() * t.element_size() for t in index)
+    occ = torch.zeros(B, T - 1, *size, dtype=torch.bool)
+    whole = zk.VideoContext(*some_flow(B, T, size, generator), occ_forward=occ, occ_backward=occ.clone())
+    assert whole.nbytes["flow"] == flow + 2 * pairs * size[0] * size[1]
+    assert "B=2, T=4, k=0/1, grids: 4x6; flow 0.1 MB" in repr(context)
+
+
+def test_to_and_cache_device(generator, search):
+    context = some_context(generator, options=zk.SLROptions(correct=NOW))
+    (layer,) = layers(1)
+    x = torch.randn(4, 16, 4, 6, generator=generator)
+    with context.step(0, 1):
+        layer(x, context)
+    before = snapshot(context)
+    assert context.to("cpu") is context and same(snapshot(context), before) and context.device.type == "cpu"
+    assert len(context.to("meta").history()) == 1 and context.device.type == "meta"
+    assert context.table("meta").device.type == "meta"
+    assert {x.device.type for h in context.history().values() for x in h.tensors().values()} == {"meta"}
+    assert context.links((4, 6)).forward.device.type == "meta"
+    assert context.trajectories((4, 6)).positions.device.type == "meta"
+
+    resting = some_context(generator, cache_device="cpu")
+    resting.links((4, 6)), resting.trajectories((4, 6))
+    held = resting._links[(4, 6)].forward
+    resting.to("meta")
+    assert resting._links[(4, 6)].forward is held  # rests where it was told to
+    assert resting.links((4, 6)).forward.device.type == "meta"
+    assert resting.trajectories((4, 6), "cpu").positions.device.type == "cpu"
+
+
+def test_features_are_let_go(generator, search):
+    """The context keeps links, not what they were found by."""
+    context = some_context(generator, options=zk.SLROptions(correct=NOW))
+    (layer,) = layers(1)
+    with context.step(0, 1):
+        layer(torch.randn(4, 16, 4, 6).requires_grad_(), context)
+    assert not any(x.requires_grad for h in context.history().values() for x in h.tensors().values())
+
+
+def test_a_copy_has_a_state_of_its_own(generator, search):
+    context = some_context(generator, options=zk.SLROptions(correct=NOW))
+    other = copy.deepcopy(context)
+    (layer,) = layers(1)
+    with other.step(0, 1):
+        layer(torch.randn(4, 16, 4, 6), other)
+    assert other.history() and not context.history()
