@@ -1,4 +1,4 @@
-"""Which implementation of the correspondence search the contexts of these tests use."""
+"""Which implementation of the search the contexts of these tests use, and a counter of what they build."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 
 import zsvr_kernels as zk
 from zsvr_kernels import backends
+from zsvr_kernels import context as context_module
 
 SEARCHES = ("correspondence_search", "link_score")
 
@@ -30,3 +31,37 @@ def search(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     elif (reason := refusal()) is not None:
         pytest.skip(f"the compiled search cannot run: {reason}")
     return request.param
+
+
+class Counter:
+    """Counts what a context builds."""
+
+    def __init__(self, monkeypatch):
+        self.links, self.chains, self.corrections = 0, 0, 0
+        build, chain, correct = zk.Links.from_flow, context_module.chain_links, context_module.correct_links
+
+        def from_flow(*arguments, **keywords):
+            self.links += 1
+            return build(*arguments, **keywords)
+
+        def chain_links(*arguments, **keywords):
+            self.chains += 1
+            return chain(*arguments, **keywords)
+
+        def correct_links(*arguments, **keywords):
+            self.corrections += 1
+            return correct(*arguments, **keywords)
+
+        monkeypatch.setattr(zk.Links, "from_flow", from_flow)
+        monkeypatch.setattr(context_module, "chain_links", chain_links)
+        monkeypatch.setattr(context_module, "correct_links", correct_links)
+
+    def take(self):
+        counts = self.links, self.chains, self.corrections
+        self.links = self.chains = self.corrections = 0
+        return counts
+
+
+@pytest.fixture
+def counter(monkeypatch):
+    return Counter(monkeypatch)

@@ -47,7 +47,7 @@ def cosine(a, b):
 def sample(f, position, grid):
     Hg, Wg = grid
     x, y = min(max(position[0], 0.0), Wg - 1.0), min(max(position[1], 0.0), Hg - 1.0)
-    x0, y0 = int(math.floor(x)), int(math.floor(y))
+    x0, y0 = math.floor(x), math.floor(y)
     x1, y1 = min(x0 + 1, Wg - 1), min(y0 + 1, Hg - 1)
     fx, fy = x - x0, y - y0
     return (
@@ -356,9 +356,7 @@ def test_ties_keep_the_flow_then_the_search(generator, search):
     usable = is_inside(links.forward, grid)
     new, _ = zk.correct_links(links, same, filled, options=options)
     assert bool(usable.any()) and torch.equal(new.forward[usable], links.forward[usable])
-    dead = zk.Links.from_positions(
-        links.forward, links.backward, *[torch.zeros(1, 1, 6, dtype=torch.bool)] * 2, grid
-    )
+    dead = zk.Links.from_positions(links.forward, links.backward, *[torch.zeros(1, 1, 6, dtype=torch.bool)] * 2, grid)
     new, _ = zk.correct_links(dead, same, filled, options=options)
     assert torch.equal(new.forward[0, 0], torch.zeros(6, 2))  # lowest site of the window around the remembered (1, 1)
     assert bool(new.valid_forward.all())
@@ -456,11 +454,12 @@ def test_errors(generator):
         with pytest.raises(error, match=message):
             zk.correct_links(*arguments, **keywords)
     wrong = dataclasses.replace(history, score_forward=history.score_forward.double())
-    with pytest.raises(TypeError, match="history.score_forward must be float32"):
+    with pytest.raises(TypeError, match=r"history.score_forward must be float32"):
         zk.correct_links(links, features, wrong)
     broken = dataclasses.replace(links, forward=links.forward[..., :1])
     with pytest.raises(ValueError, match="forward must have shape"):
         zk.correct_links(broken, features)
+
 
 def test_history_describes_itself(generator, search):
     links = some_links(1, 3, (2, 3), generator, dead=0.0, spread=0.1)

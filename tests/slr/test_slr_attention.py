@@ -125,10 +125,10 @@ def check(inputs, frames, trajectories, generator, what, **options):
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
 @every_combine
 def test_every_mode_is_its_definition(combine, dtype, generator):
-    grid, T = (5, 7), 3
-    trajectories = chained(2, T, grid, generator)
+    grid, T = (3, 7), 3
+    trajectories = chained(1, T, grid, generator)
     assert 0.2 < float(trajectories.isolated().float().mean()) < 0.8
-    inputs = tokens(4, T, 35, 2, 40, generator, dtype)  # twice the clips of the trajectories
+    inputs = tokens(2, T, 21, 2, 40, generator, dtype)  # twice the clips of the trajectories
     check(inputs, zk.neighbors(T), trajectories, generator, combine, combine=combine, blend=0.3, scale=0.2)
 
 
@@ -141,7 +141,7 @@ def test_every_mode_is_its_definition(combine, dtype, generator):
         ((1, 7, (3, 5), 1, 160), zk.previous(7)),
         ((1, 3, (3, 4), 2, 12), zk.neighbors(3, (-2, 1), border="drop")),
     ],
-    ids=str,
+    ids=lambda x: str(x) if isinstance(x, tuple) else "",
 )
 @pytest.mark.parametrize("combine", ["serial", "parallel", "joint"])
 def test_shapes_tables_and_head_dims(combine, shape, frames, generator):
@@ -269,7 +269,7 @@ def test_only_isolated_sites_take_the_short_range_alone(combine, generator):
 def test_prefix_tokens_attend_but_have_no_trajectory(combine, prefix, generator):
     trajectories = chained(1, 3, (3, 5), generator)
     inputs = tokens(2, 3, 15 + prefix, 2, 40, generator)
-    check(inputs, zk.neighbors(3), trajectories, generator, combine, combine=combine, prefix=prefix)
+    check(inputs, zk.neighbors(3), trajectories, generator, combine, combine=combine, prefix=prefix, scale=0.1)
 
 
 @pytest.mark.parametrize("blend", [0, 0.25, 0.75, 1])
@@ -378,5 +378,5 @@ def test_errors(generator):
             zk.slr_attention(q, k, v, arguments.pop("frames"), arguments.pop("trajectories"), **arguments)
     with pytest.raises(ValueError, match="takes one clip"):
         zk.slr_attention(q, k[:, :2], v[:, :2], frames, trajectories)
-    with pytest.raises(TypeError, match="q must be a torch.Tensor"):
+    with pytest.raises(TypeError, match=r"q must be a torch.Tensor"):
         zk.slr_attention([1.0], k, v, frames, trajectories)
