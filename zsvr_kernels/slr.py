@@ -238,7 +238,8 @@ def attend(
     **inputs: Any,
 ) -> Tensor:
     """Run an attention layer with SLR attention at its heart; ``inputs`` go to the adapter's `Adapter.begin`."""
-    validation.check_tensor("x", x, 4 if x.dim() == 4 else 3, "[N, C, Hg, Wg] or [N, P, C]")
+    rank = 4 if isinstance(x, Tensor) and x.dim() == 4 else 3
+    validation.check_tensor("x", x, rank, "[N, C, Hg, Wg] or [N, P, C]")
     if context is None:
         table = torch.zeros(1, 1, dtype=torch.int32, device=x.device)
         plan = _Plan((x.shape[0], 1), grid, "spatial", 0.5, "auto", 0, table, False, False)
