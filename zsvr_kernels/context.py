@@ -457,12 +457,9 @@ class VideoContext:
         """
         groups, facts = context_file.read(path, device)
         try:
-            result = cls(
-                **groups.get("flow", {}),
-                options=context_file.options_from_json(facts["options"], groups),
-                **{name: facts[name] for name in ("frames", "ids", "size", "grids")},
-                cache_device=cache_device,
-            )
+            arguments: dict[str, Any] = {name: facts[name] for name in ("frames", "ids", "size", "grids")}
+            options = context_file.options_from_json(facts["options"], groups)
+            result = cls(**(arguments | groups.get("flow", {})), options=options, cache_device=cache_device)
             for group, parts in groups.items():
                 if group.startswith("links/"):
                     grid = context_file.grid_from_text(group.removeprefix("links/"))

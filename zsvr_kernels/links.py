@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,7 +55,8 @@ class Links:
 
     def to(self, device: torch.device | str) -> Links:
         """Return the links on another device."""
-        return replace(self, **{name: x.to(device) for name, x in self.tensors().items()})
+        moved: dict[str, Any] = {name: x.to(device) for name, x in self.tensors().items()}
+        return replace(self, **moved)
 
     def cut(self, pairs: Tensor) -> Links:
         """Return the links without those of some pairs of frames (bool ``[T-1]``): own site, not valid."""
