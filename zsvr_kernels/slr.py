@@ -240,6 +240,8 @@ def attend(
     """Run an attention layer with SLR attention at its heart; ``inputs`` go to the adapter's `Adapter.begin`."""
     rank = 4 if isinstance(x, Tensor) and x.dim() == 4 else 3
     validation.check_tensor("x", x, rank, "[N, C, Hg, Wg] or [N, P, C]")
+    if context is not None and not isinstance(context, VideoContext):
+        raise TypeError(f"context must be zsvr_kernels.VideoContext or None, got {type(context).__name__}")
     if context is None:
         table = torch.zeros(1, 1, dtype=torch.int32, device=x.device)
         plan = _Plan((x.shape[0], 1), grid, "spatial", 0.5, "auto", 0, table, False, False)
@@ -287,7 +289,11 @@ def _plan(context: VideoContext, shape: tuple[int, ...], device: torch.device, g
     combine = options.combine if options.is_active(context.progress) else "spatial"
     # One frame has no other to reach: serial, parallel and joint are then the short range alone.
     needs = (combine in ("serial", "parallel", "joint") and context.frames > 1) or combine == "trajectory"
+    if grid is not None:
+        grid = validation.check_grid(grid)
     if len(shape) == 4:
+        if grid not in (None, shape[2:]):
+            raise ValueError(f"grid is {grid}, but x has shape {shape}")
         grid = (shape[2], shape[3])
     elif grid is None and needs:
         grid = context.grid_of(shape[1] - prefix)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import doctest
 
 import pytest
 import torch
@@ -231,6 +232,8 @@ def test_a_window_is_the_matching_part_of_the_clip(generator):
     single = whole.window(5, 6)
     assert single.trajectories((4, 6)).positions.shape == (2, 1, 1, 24, 2)
     assert part._flow["flow_forward"].untyped_storage().data_ptr() == flow[0].untyped_storage().data_ptr()
+    with pytest.raises(ValueError, match="with T = 2 rows"):
+        zk.VideoContext(*flow, options=zk.SLROptions(frames=zk.previous(6))).window(0, 2)
     for start, stop in ((3, 3), (4, 2), (0, 7), (-1, 2)):
         with pytest.raises(ValueError, match="must be"):
             whole.window(start, stop)
@@ -338,3 +341,12 @@ def test_a_copy_has_a_state_of_its_own(generator, search):
     with other.step(0, 1):
         layer(torch.randn(4, 16, 4, 6), other)
     assert other.history() and not context.history()
+
+
+def test_examples_of_the_docstrings_run():
+    runner = doctest.DocTestRunner()
+    for thing in (zk.VideoContext, zk.slr_attention, zk.SLRAttention):
+        (test,) = doctest.DocTestFinder(recurse=False).find(thing, globs={"torch": torch, "zsvr_kernels": zk})
+        assert test.examples
+        runner.run(test)
+    assert runner.failures == 0
