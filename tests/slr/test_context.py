@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import doctest
 
 import pytest
@@ -113,15 +114,21 @@ def test_a_failing_configure_changes_nothing(generator):
     assert context.options is before and torch.equal(context.table(), zk.neighbors(4))
 
 
-def test_what_inference_mode_builds_serves_a_later_backward(generator, search):
-    context = some_context(generator, options=zk.SLROptions(correct=NOW))
+@pytest.mark.parametrize("is_corrected", [False, True])
+def test_what_inference_mode_builds_serves_a_later_backward(is_corrected, generator, search):
+    options = zk.SLROptions(combine="joint", correct=dataclasses.replace(NOW, enabled=is_corrected))
+    context = some_context(generator, options=options)
     (layer,) = layers(1)
     x = torch.randn(4, 16, 4, 6, generator=generator)
     with torch.inference_mode(), context.step(0, 2):
         first = layer(x, context)
+    assert first.is_inference() and bool(context.history()) == is_corrected
     with context.step(1, 2):
         layer(x.requires_grad_(), context).sum().backward()
-    assert float(x.grad.abs().max()) > 0 and first.shape == x.shape
+    assert float(x.grad.abs().max()) > 0
+    kept = [*context.links((4, 6)).tensors().values(), context.trajectories((4, 6)).positions]
+    kept += [x for h in context.history().values() for x in h.tensors().values()]
+    assert not any(x.is_inference() for x in kept)
 
 
 # ---- links of one's own, grids ----
@@ -183,6 +190,7 @@ def test_grid_of():
     halvings = [(33, 50), (17, 25), (9, 13), (5, 7), (3, 4), (2, 2), (1, 1)]
     for grid in halvings:
         assert context.grid_of(grid[0] * grid[1]) == grid
+    assert zk.VideoContext(frames=1, size=(2, 64)).grid_of(4) == (1, 4)
     assert context.grid_of(14) == (2, 7) and context.grid_of(25) == (5, 5)
     for tokens in (0, -3, 2, 24, 1649, 10**12):
         with pytest.raises(ValueError, match=rf"no token grid has {tokens} sites; tried 2x7, 5x5, 33x50"):

@@ -461,6 +461,23 @@ def test_errors(generator):
         zk.correct_links(broken, features)
 
 
+def test_where_nothing_is_stored_the_history_is_not_read(generator, search):
+    links = some_links(1, 3, (3, 4), generator)
+    features = some_features(1, 3, 12, generator)
+    options = zk.CorrectionOptions(similarity_start=0.0, radius=1, history_score="stored", revive_threshold=-0.9)
+    results = []
+    for position, score in ((0.0, -1.0), (2.0, 1.0)):
+        empty = zk.LinkHistory(
+            *[torch.full((1, 2, 12, 2), position)] * 2,
+            *[torch.full((1, 2, 12), score)] * 2,
+            *[torch.zeros(1, 2, 12).bool()] * 2,
+        )
+        results.append(zk.correct_links(links, features, empty, options=options)[0].tensors())
+    results.append(zk.correct_links(links, features, options=options)[0].tensors())
+    for other in results[1:]:
+        assert all(torch.equal(x, other[name]) for name, x in results[0].items())
+
+
 def test_history_describes_itself(generator, search):
     links = some_links(1, 3, (2, 3), generator, dead=0.0, spread=0.1)
     _, history = zk.correct_links(links, torch.ones(1, 3, 6, 4), options=zk.CorrectionOptions(similarity_start=0))
