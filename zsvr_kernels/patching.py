@@ -143,15 +143,21 @@ def _begin(layer: PatchedLayer, context: VideoContext, x: Tensor) -> tuple[bool,
     options = context.options
     adapter = layer.adapter
     assert adapter is not None
-    grid: Grid | None = None
-    if x.dim() == 4:
-        grid = (x.shape[2], x.shape[3])
-    elif needs_grid(options) or callable(options.layers):
-        grid = context.grid_of(x.shape[1] - options.prefix)
+    is_active = options.is_active(context.progress)
     tokens = x.shape[2] * x.shape[3] if x.dim() == 4 else x.shape[1] - options.prefix
+    grid = (x.shape[2], x.shape[3]) if x.dim() == 4 else None
+    layer.note = None if callable(options.layers) else options.takes_grid(layer.name, grid or (1, tokens))
+    if grid is None:
+        try:
+            grid = context.grid_of(tokens)
+        except ValueError:
+            needs = needs_grid(options) and is_active and context.frames > 1
+            if layer.note is None and (needs or callable(options.layers)):
+                raise
     layer.grid = grid
-    layer.note = options.takes_grid(layer.name, grid or (1, tokens))
-    if layer.note is None and not options.is_active(context.progress):
+    if callable(options.layers) and grid is not None:
+        layer.note = options.takes_grid(layer.name, grid)
+    if layer.note is None and not is_active:
         layer.note = f"progress {context.progress:.2f} is outside active = {options.active}"
     if layer.note is not None:
         return False, grid
@@ -263,7 +269,7 @@ def patched(
             stack.callback(_patched_now.discard, module)
             stack.callback(layer.adapter.install(_runner(layer, context)))
         if verify:
-            for handle in _watch(model, report):
+            for handle in _watch(root, report):
                 stack.callback(handle.remove)
         yield report
 

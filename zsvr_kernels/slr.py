@@ -222,7 +222,7 @@ def attend(
     **inputs: Any,
 ) -> Tensor:
     """Run an attention layer with SLR attention at its heart; ``inputs`` go to the adapter's `Adapter.begin`."""
-    validation.check_tensor("x", x, 4 if x.dim() == 4 else 3, "[N, C, Hg, Wg] or [N, P, C]")
+    validation.check_tensor("x", x, 4 if isinstance(x, Tensor) and x.dim() == 4 else 3, "[N, C, Hg, Wg] or [N, P, C]")
     plan = _plan(context, tuple(x.shape), x.device, grid, prefix)
     tokens, state = adapter.begin(x, **inputs)  # [N, P, C]
     q, k, v = (y.unflatten(0, (plan.clips, -1)) for y in adapter.project(tokens))  # [B, T, P, H, D]
