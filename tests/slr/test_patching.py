@@ -56,8 +56,9 @@ def test_one_frame_changes_nothing(name):
     assert_one_frame_changes_nothing(NETWORKS[name])
 
 
-@every_network
-@pytest.mark.parametrize("combine", ["serial", "parallel", "joint"])
+@pytest.mark.parametrize(
+    ("name", "combine"), [*((name, "serial") for name in NETWORKS), ("hand", "parallel"), ("timm", "joint")]
+)
 def test_every_layer_runs_slr_attention(name, combine):
     network = NETWORKS[name]
     context = network.context(8, combine=combine)

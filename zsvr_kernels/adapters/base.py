@@ -72,14 +72,26 @@ class Adapter(abc.ABC):
         """Return what the module's own forward returns."""
         return out
 
+    @property
+    def out_channels(self) -> int:
+        """Return the channels of the layer's output."""
+        return self.channels
+
+    def original(self) -> Callable[..., Any]:
+        """Return what `install` is about to replace, as something to call with the arguments of the forward."""
+        return getattr(self.module, self._slot())
+
+    def call_original(self, original: Callable[..., Any], x: Tensor) -> Tensor:
+        """Return what the module gave without the patch, in `begin`'s layout."""
+        return original(x)
+
     def install(self, run: Run) -> Callable[[], None]:
         """Make the module call ``run(original, *args, **kwargs)`` instead of its forward; return what undoes it.
 
         The forward is replaced on the instance, below the hook of accelerate where there is one.
         """
-        own = self.module.__dict__
-        name = next(n for n in self._slots() if n in own or n == self.forward_name)
-        original = getattr(self.module, name)
+        own, name = self.module.__dict__, self._slot()
+        original = self.original()
         was_own = name in own
 
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -100,6 +112,9 @@ class Adapter(abc.ABC):
         """Return whether the module still calls what `install` put in its place."""
         own = self.module.__dict__
         return any(own.get(slot) is self._installed for slot in self._slots())
+
+    def _slot(self) -> str:
+        return next(n for n in self._slots() if n in self.module.__dict__ or n == self.forward_name)
 
     def _slots(self) -> tuple[str, ...]:
         """Return where the forward may be, the innermost first: accelerate's hooks move it to ``_old_forward``."""

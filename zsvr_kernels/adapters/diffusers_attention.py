@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -103,7 +104,15 @@ class DiffusersAttention(Adapter):
             return None
         if attention_mask is not None:
             raise ValueError("SLR attention takes no attention_mask: leave it out, or leave this layer unpatched")
-        return hidden_states, {}
+        return hidden_states, {name: x for name, x in unused.items() if x is not None}
+
+    @property
+    def out_channels(self) -> int:
+        module: Any = self.module
+        return module.to_out[0].out_features
+
+    def original(self) -> Callable[..., Any]:
+        return functools.partial(self.module.processor, self.module)  # type: ignore[operator, arg-type]
 
     def install(self, run: Run) -> Callable[[], None]:
         module: Any = self.module
@@ -139,7 +148,7 @@ class SLRProcessor:
     def __init__(self, run: Run, original: Any) -> None:
         self.run = run
         self.original = original
-        if set(_parameters(original)) - set(_parameters(self)):
+        if set(_parameters(original)) - set(_parameters(self)) - {"args", "kwargs"}:
             # diffusers passes on only those of cross_attention_kwargs that the signature names.
             def call(*args: Any, **kwargs: Any) -> Any:
                 return SLRProcessor.__call__(self, *args, **kwargs)

@@ -59,6 +59,11 @@ class TimmAttention(Adapter):
         drop = getattr(module, "proj_drop", None)
         return y if drop is None else drop(y)
 
+    @property
+    def out_channels(self) -> int:
+        module: Any = self.module
+        return module.proj.out_features
+
     def read_call(
         self, x: Tensor, attn_mask: Tensor | None = None, *others: Any, **kwargs: Any
     ) -> tuple[Tensor, dict[str, Any]] | None:

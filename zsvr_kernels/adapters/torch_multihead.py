@@ -85,6 +85,11 @@ class TorchMultihead(Adapter):
     def wrap(self, out: Tensor) -> Any:
         return (out if self.module.batch_first else out.transpose(0, 1)), None
 
+    def call_original(self, original: Callable[..., Any], x: Tensor) -> Tensor:
+        query = x if self.module.batch_first else x.transpose(0, 1)
+        out = original(query, query, query, need_weights=False)[0]
+        return out if self.module.batch_first else out.transpose(0, 1)
+
 
 def _nothing(*_: Any) -> None:
     return None
