@@ -111,6 +111,8 @@ def _find(root: nn.Module) -> Iterator[tuple[str, nn.Module, type[Adapter] | Non
     for name, module in root.named_modules():
         if any(name.startswith(f"{outer}." if outer else "") for outer in inside):
             continue
+        if "_orig_mod" in module._modules:  # compiled: what it wraps comes next
+            continue
         kind = adapter_for(module)
         if isinstance(module, SLRAttention) or kind is not None:
             inside.append(name)
@@ -120,7 +122,7 @@ def _find(root: nn.Module) -> Iterator[tuple[str, nn.Module, type[Adapter] | Non
 def _survey(root: nn.Module, options: SLROptions, qkv_order: str | None) -> list[PatchedLayer]:
     layers = []
     for path, module, kind in _find(root):
-        name = path.replace("_orig_mod.", "")
+        name = ".".join(part for part in path.split(".") if part != "_orig_mod")
         if kind is None:
             layers.append(PatchedLayer(name, "SLRAttention", reason="it is SLR attention: hand it the context"))
             continue

@@ -114,7 +114,7 @@ class ImprovedBlock(AttentionBlock):
 class GuidedUNet(nn.Module):
     """A U-Net with guided-diffusion's names: attention on two grids, on the way down, in the middle and up."""
 
-    def __init__(self, channels: int = 32, num_heads: int = 2, use_checkpoint: bool = False) -> None:
+    def __init__(self, channels: int = 16, num_heads: int = 2, use_checkpoint: bool = False) -> None:
         super().__init__()
 
         def block() -> AttentionBlock:

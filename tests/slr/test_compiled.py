@@ -59,8 +59,19 @@ def uncompiled(network, model, context, x):
         return network.call(model, x)
 
 
-@pytest.mark.parametrize("compiling", [by_function, by_module, in_place])
-@pytest.mark.parametrize("name", ["hand", "guided", "latent", "timm", "multihead", "sequence first", "encoder layer"])
+@pytest.mark.parametrize(
+    ("name", "compiling"),
+    [
+        ("hand", by_function),
+        ("hand", by_module),
+        ("hand", in_place),
+        ("guided", by_module),
+        ("latent", by_module),
+        ("timm", by_function),
+        ("multihead", in_place),
+        ("encoder layer", by_module),
+    ],
+)
 def test_a_model_compiled_before_is_patched_inside_and_itself_after(name, compiling):
     network = NETWORKS[name]
     model, x = network.model(), network.input(4)
@@ -77,7 +88,7 @@ def test_a_model_compiled_before_is_patched_inside_and_itself_after(name, compil
         torch.testing.assert_close(run(x), expected, rtol=1e-4, atol=1e-3)
         once = counted()
         assert once[1] <= (2 if compiling is by_function else 0)  # the two checks around the model's call
-        for _ in range(3):  # another clip: the compiled code is good for it
+        for _ in range(2):  # another clip: the compiled code is good for it
             with zk.patched(model, network.context(4)):
                 assert torch.equal(run(x), got)
             torch.testing.assert_close(run(x), expected, rtol=1e-4, atol=1e-3)
@@ -125,6 +136,8 @@ def test_a_compiled_part_is_named_without_its_wrapper():
         with zk.patched(model, network.context(4)) as report:
             torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
     assert [layer.name for layer in report.patched] == network.layers
+    layer = zk.SLRAttention.from_attention(model.second)
+    assert layer.adapter.kind == "PlainAttention" and layer.adapter.module is model.second._orig_mod
 
 
 @pytest.mark.parametrize("compiling", [by_function, by_module, in_place])
@@ -170,6 +183,7 @@ def test_a_graph_without_breaks():
 
 
 @pytest.mark.parametrize("name", ["hand", "multihead"])
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # torch._dynamo looks at it
 def test_gradients_of_a_compiled_model(name):
     network = NETWORKS[name]
     model, x = network.model(), network.input(4)

@@ -188,7 +188,7 @@ LATENT = [
     for part in ("down_blocks.0.attentions.0", "mid_block.attentions.0", *(f"up_blocks.1.attentions.{j}" for j in (0, 1)))
 ]
 NETWORKS = {
-    "adm": Network(adm, ADM, (3, 16, 24), call_adm, first_grid=(8, 12)),
+    "adm": Network(adm, ADM, (3, 8, 16), call_adm, first_grid=(4, 8)),
     "latent": Network(stable_diffusion, LATENT, (4, 6, 10), call_latent, first_grid=(6, 10)),
     "latent, equal width": Network(lambda: stable_diffusion(32), LATENT, (4, 6, 10), call_latent, first_grid=(6, 10)),
 }
@@ -249,7 +249,7 @@ def test_a_layer_of_the_patched_adm_is_slr_attention_written_out(combine):
 def test_guidance_branches_share_the_trajectories_of_the_conditional_one():
     network = NETWORKS["latent"]
     model = network.model()
-    for conditional in (-1, 0, 1):
+    for conditional in (-1, 0):
         context = network.context(4, B=2, conditional=conditional)
         x = network.input(16)
         with torch.no_grad(), zk.patched(model, context):
