@@ -149,7 +149,7 @@ def _begin(layer: PatchedLayer, context: VideoContext, x: Tensor) -> tuple[bool,
     tokens = x.shape[2] * x.shape[3] if x.dim() == 4 else x.shape[1] - options.prefix
     grid = (x.shape[2], x.shape[3]) if x.dim() == 4 else None
     layer.note = None if callable(options.layers) else options.takes_grid(layer.name, grid or (1, tokens))
-    if grid is None:
+    if x.dim() == 3:
         try:
             grid = context.grid_of(tokens)
         except ValueError:
@@ -238,8 +238,8 @@ def patched(
         options: instead of the context's, until the block ends.
         expected_count: number of layers that must be patched.
         qkv_order: of guided-diffusion blocks; see `SLRAttention.from_attention`.
-        verify: check before every call of the model that nothing has replaced a patched layer, and after the first
-            that each ran exactly once. A network that runs a layer twice, or not at all, needs False.
+        verify: check before every call of the model, compiled or not, that nothing has replaced a patched layer, and
+            after the first that each ran exactly once. A network that runs a layer twice, or not at all, needs False.
 
     Yields:
         A `PatchReport`: print it, or look into ``report.layers``.
@@ -249,8 +249,9 @@ def patched(
         RuntimeError: nothing was patched, another number than expected, a layer is patched already; later, a layer
             that was replaced or has not run.
 
-    Compiled models are compiled again on entering and on leaving; the graph breaks where layers ask the context.
-    Attention dropout is not applied.
+    Compiled models, compiled before or within the block, run the patch and are themselves again after it. In inference
+    a layer is one operation to the compiler; where a gradient is needed and under autocast the graph breaks around it.
+    Attention dropout is not applied. The README of ``zsvr_kernels/adapters`` lists what is recognised and refused.
 
     Example:
         >>> layer = torch.nn.MultiheadAttention(64, 4, batch_first=True)

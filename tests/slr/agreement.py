@@ -1,4 +1,4 @@
-"""What a layer and a patched network must agree with: their originals in float64, and SLR attention composed by hand."""
+"""What a layer and a patched network must agree with: their originals in float64, SLR attention composed by hand."""
 
 from __future__ import annotations
 

@@ -193,7 +193,7 @@ def test_inputs_of_the_wrong_rank_are_refused(generator):
         zk.SLRAttention.from_attention(AttentionBlock(32, 2))(tokens)
     with pytest.raises(ValueError, match="x must have 3 axes"):
         zk.SLRAttention.from_attention(ViTAttention(32))(image[0, 0])
-    with pytest.raises(TypeError, match="x must be a torch.Tensor"):
+    with pytest.raises(TypeError, match=r"x must be a torch\.Tensor"):
         zk.SLRAttention.from_attention(ViTAttention(32))(None)  # type: ignore[arg-type]
 
 

@@ -7,8 +7,8 @@ import torch
 from agreement import (
     Network,
     assert_at_rest,
-    assert_network_gradients_agree,
     assert_layers_are_slr,
+    assert_network_gradients_agree,
     assert_one_frame_changes_nothing,
     flows,
     gradients,
@@ -247,25 +247,33 @@ def test_patching_what_is_patched_raises_and_leaves_the_first_alone():
     model, x = hand.model(), hand.input(4)
     with torch.no_grad(), zk.patched(model, hand_context(4)):
         expected = model(x)
-        with pytest.raises(RuntimeError, match=r"first.0 is patched already: leave the first"):
-            with zk.patched(model, hand_context(4, combine="cross")):
-                pass
-        with pytest.raises(RuntimeError, match="the model is patched already"):
-            with zk.patched(model.second, hand_context(4)):
-                pass
+        with (
+            pytest.raises(RuntimeError, match=r"first.0 is patched already: leave the first"),
+            zk.patched(model, hand_context(4, combine="cross")),
+        ):
+            pass
+        with (
+            pytest.raises(RuntimeError, match="the model is patched already"),
+            zk.patched(model.second, hand_context(4)),
+        ):
+            pass
         assert torch.equal(model(x), expected)
     with zk.patched(model.second, hand_context(4)), zk.patched(model.first, hand_context(4)):
         pass
 
 
 def test_nothing_to_patch_says_what_was_looked_at():
-    with pytest.raises(RuntimeError, match="looked through Sequential and found no attention of a known structure"):
-        with zk.patched(nn.Sequential(nn.Linear(2, 2)), hand_context(4)):
-            pass
+    with (
+        pytest.raises(RuntimeError, match="looked through Sequential and found no attention of a known structure"),
+        zk.patched(nn.Sequential(nn.Linear(2, 2)), hand_context(4)),
+    ):
+        pass
     model = NETWORKS["latent"].model()
-    with pytest.raises(RuntimeError, match="nothing to patch: looked through LatentNet") as error:
-        with zk.patched(model, NETWORKS["latent"].context(4, layers=["no such layer"])):
-            pass
+    with (
+        pytest.raises(RuntimeError, match="nothing to patch: looked through LatentNet") as error,
+        zk.patched(model, NETWORKS["latent"].context(4, layers=["no such layer"])),
+    ):
+        pass
     assert "block.attn1" in str(error.value) and "its name matches none of ['no such layer']" in str(error.value)
     assert "its keys come from 24 channels, its queries from 32" in str(error.value)
     assert "0 of 4 attention layers patched" in str(error.value)
@@ -274,16 +282,20 @@ def test_nothing_to_patch_says_what_was_looked_at():
 def test_the_expected_count_is_held():
     model = NETWORKS["guided"].model()
     before = rest(model)
-    with pytest.raises(RuntimeError, match="expected 16 layers to patch, found 4\n"):
-        with zk.patched(model, NETWORKS["guided"].context(4), expected_count=16):
-            pass
+    with (
+        pytest.raises(RuntimeError, match="expected 16 layers to patch, found 4\n"),
+        zk.patched(model, NETWORKS["guided"].context(4), expected_count=16),
+    ):
+        pass
     assert_at_rest(model, before)
 
 
 def test_wrong_arguments_are_named():
-    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module or a pipeline with a unet, got str"):
-        with zk.patched("unet", hand_context(4)):
-            pass
+    with (
+        pytest.raises(TypeError, match=r"model must be a torch.nn.Module or a pipeline with a unet, got str"),
+        zk.patched("unet", hand_context(4)),
+    ):
+        pass
     with pytest.raises(TypeError, match=r"context must be zsvr_kernels.VideoContext, got int"):
         with zk.patched(hand.model(), 8):  # type: ignore[arg-type]
             pass
@@ -316,10 +328,10 @@ def test_the_report_is_a_table_of_what_was_found():
         model_lines = str(report).splitlines()
         why = "its name matches none of ['deep.*']"
         assert model_lines[1].split() == f"block.attn1 LDM CrossAttention - - - - no: {why}".split()
-        assert model_lines[3].split() == "deep.attn1 LDM CrossAttention - 2 16 - yes".split()
+        assert model_lines[3].split() == ["deep.attn1", "LDM", "CrossAttention", "-", "2", "16", "-", "yes"]
         model(network.input(4))
     lines = str(report).splitlines()
-    assert lines[0].split() == "layer structure grid heads head dim backend patched".split()
+    assert lines[0].split() == ["layer", "structure", "grid", "heads", "head", "dim", "backend", "patched"]
     assert len({line.index("LDM") for line in lines[1:-1]}) == 1
     backend = "cpu" if _native.is_available() else "sdpa/reference"
     assert lines[3].split() == f"deep.attn1 LDM CrossAttention 3x4 2 16 {backend} yes".split()
@@ -355,9 +367,11 @@ class Odd(nn.Module):
 @pytest.mark.parametrize("times", [0, 2])
 def test_a_layer_that_runs_never_or_twice_is_an_error_unless_it_is_meant_to(times):
     model, x = Odd(times), torch.randn(4, 16, 6, 8, generator=torch.Generator().manual_seed(0))
-    with zk.patched(model, hand_context(4)):
-        with pytest.raises(RuntimeError, match=rf"did not run exactly once .*: attention \({times}\)"):
-            model(x)
+    with (
+        zk.patched(model, hand_context(4)),
+        pytest.raises(RuntimeError, match=rf"did not run exactly once .*: attention \({times}\)"),
+    ):
+        model(x)
     with zk.patched(model, hand_context(4), verify=False) as report:
         model(x)
         assert report.patched[0].calls == times

@@ -112,7 +112,8 @@ class DiffusersAttention(Adapter):
         return module.to_out[0].out_features
 
     def original(self) -> Callable[..., Any]:
-        return functools.partial(self.module.processor, self.module)  # type: ignore[operator, arg-type]
+        module: Any = self.module
+        return functools.partial(module.processor, module)
 
     def install(self, run: Run) -> Callable[[], None]:
         module: Any = self.module
