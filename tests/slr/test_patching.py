@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from agreement import (
@@ -243,6 +245,51 @@ def test_an_exception_leaves_nothing_behind(name):
     assert_at_rest(model, before)
 
 
+@pytest.mark.parametrize("order", ["hooked before", "hooked inside", "unhooked inside"])
+@pytest.mark.parametrize("name", ["guided checkpointing", "multihead", "hand"])
+def test_hooks_of_accelerate_stay_above_the_patch(name, order):
+    hooks = pytest.importorskip("accelerate.hooks")
+
+    class Seen(hooks.ModelHook):
+        count = 0
+
+        def pre_forward(self, module, *args, **kwargs):
+            Seen.count += 1
+            return args, kwargs
+
+    network = NETWORKS[name]
+    model, x = network.model(), network.input(4)
+    layers = [model.get_submodule(layer) for layer in network.layers]
+
+    def hook() -> None:
+        for layer in layers:
+            hooks.add_hook_to_module(layer, Seen())
+
+    def unhook() -> None:
+        for layer in layers:
+            hooks.remove_hook_from_module(layer)
+
+    with torch.no_grad():
+        plain = network.call(model, x)
+        with zk.patched(model, network.context(4)):
+            expected = network.call(model, x)
+        if order != "hooked inside":
+            hook()
+        with zk.patched(model, network.context(4)) as report:
+            if order == "hooked inside":
+                hook()
+            assert torch.equal(network.call(model, x), expected) and Seen.count == len(layers)
+            report.verify()
+            if order == "unhooked inside":
+                unhook()
+            assert torch.equal(network.call(model, x), expected)
+        torch.testing.assert_close(network.call(model, x), plain, rtol=1e-4, atol=1e-4)
+        if order != "unhooked inside":
+            assert Seen.count == 3 * len(layers)
+            unhook()
+        torch.testing.assert_close(network.call(model, x), plain, rtol=1e-4, atol=1e-4)
+
+
 def test_patching_what_is_patched_raises_and_leaves_the_first_alone():
     model, x = hand.model(), hand.input(4)
     with torch.no_grad(), zk.patched(model, hand_context(4)):
@@ -296,9 +343,9 @@ def test_wrong_arguments_are_named():
         zk.patched("unet", hand_context(4)),
     ):
         pass
-    with pytest.raises(TypeError, match=r"context must be zsvr_kernels.VideoContext, got int"):
-        with zk.patched(hand.model(), 8):  # type: ignore[arg-type]
-            pass
+    eight: Any = 8
+    with pytest.raises(TypeError, match=r"context must be zsvr_kernels.Video"), zk.patched(hand.model(), eight):
+        pass
 
     class Pipeline:
         unet = hand.model()
