@@ -96,7 +96,7 @@ def test_a_model_compiled_before_is_patched_inside_and_itself_after(name, compil
             assert counted() == once
 
 
-@pytest.mark.parametrize("compiling", [by_function, by_module, in_place])
+@pytest.mark.parametrize("compiling", [by_function, by_module])
 def test_a_model_compiled_inside_is_itself_after(compiling):
     network = NETWORKS["hand"]
     model, x = network.model(), network.input(4)
@@ -152,7 +152,7 @@ def test_a_replaced_layer_is_noticed_in_compiled_code(compiling):
             run(x)
 
 
-@pytest.mark.parametrize("compiling", [by_function, by_module, in_place])
+@pytest.mark.parametrize("compiling", [by_function, in_place])
 def test_many_layers_and_steps_are_compiled_once(compiling):
     model, x = DEEP.model(), DEEP.input(4)
     context = DEEP.context(4, active=(0.25, 0.75), correct=zk.CorrectionOptions(enabled=False))
