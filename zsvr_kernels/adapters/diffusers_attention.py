@@ -109,7 +109,7 @@ class DiffusersAttention(Adapter):
     @property
     def out_channels(self) -> int:
         module: Any = self.module
-        return module.to_out[0].out_features
+        return getattr(module.to_out[0], "out_features", self.channels)
 
     def original(self) -> Callable[..., Any]:
         module: Any = self.module
