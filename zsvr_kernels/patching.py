@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zsvr_kernels import backends
+from zsvr_kernels import backends, opaque
 from zsvr_kernels.adapters import Adapter, adapt, adapter_for
 from zsvr_kernels.adapters.guided_diffusion_block import GuidedDiffusionBlock
 from zsvr_kernels.context import VideoContext
@@ -110,6 +111,8 @@ def _find(root: nn.Module) -> Iterator[tuple[str, nn.Module, type[Adapter] | Non
     for name, module in root.named_modules():
         if any(name.startswith(f"{outer}." if outer else "") for outer in inside):
             continue
+        if "_orig_mod" in module._modules:  # compiled: what it wraps comes next
+            continue
         kind = adapter_for(module)
         if isinstance(module, SLRAttention) or kind is not None:
             inside.append(name)
@@ -119,7 +122,7 @@ def _find(root: nn.Module) -> Iterator[tuple[str, nn.Module, type[Adapter] | Non
 def _survey(root: nn.Module, options: SLROptions, qkv_order: str | None) -> list[PatchedLayer]:
     layers = []
     for path, module, kind in _find(root):
-        name = path.replace("_orig_mod.", "")
+        name = ".".join(part for part in path.split(".") if part != "_orig_mod")
         if kind is None:
             layers.append(PatchedLayer(name, "SLRAttention", reason="it is SLR attention: hand it the context"))
             continue
@@ -136,22 +139,27 @@ def _survey(root: nn.Module, options: SLROptions, qkv_order: str | None) -> list
     return layers
 
 
-@torch.compiler.disable
 def _begin(layer: PatchedLayer, context: VideoContext, x: Tensor) -> tuple[bool, Grid | None]:
     """Note a call; return whether SLR attention runs, and on which grid (None: it needs none)."""
     layer.calls += 1
     options = context.options
     adapter = layer.adapter
     assert adapter is not None
-    grid: Grid | None = None
-    if x.dim() == 4:
-        grid = (x.shape[2], x.shape[3])
-    elif needs_grid(options) or callable(options.layers):
-        grid = context.grid_of(x.shape[1] - options.prefix)
+    is_active = options.is_active(context.progress)
     tokens = x.shape[2] * x.shape[3] if x.dim() == 4 else x.shape[1] - options.prefix
+    grid = (x.shape[2], x.shape[3]) if x.dim() == 4 else None
+    layer.note = None if callable(options.layers) else options.takes_grid(layer.name, grid or (1, tokens))
+    if x.dim() == 3:
+        try:
+            grid = context.grid_of(tokens)
+        except ValueError:
+            needs = needs_grid(options) and is_active and context.frames > 1
+            if layer.note is None and (needs or callable(options.layers)):
+                raise
     layer.grid = grid
-    layer.note = options.takes_grid(layer.name, grid or (1, tokens))
-    if layer.note is None and not options.is_active(context.progress):
+    if callable(options.layers) and grid is not None:
+        layer.note = options.takes_grid(layer.name, grid)
+    if layer.note is None and not is_active:
         layer.note = f"progress {context.progress:.2f} is outside active = {options.active}"
     if layer.note is not None:
         return False, grid
@@ -164,29 +172,48 @@ def _begin(layer: PatchedLayer, context: VideoContext, x: Tensor) -> tuple[bool,
     return True, grid
 
 
-@torch.compiler.disable
-def _pass_over(layer: PatchedLayer) -> None:
-    layer.calls += 1
-    layer.note = "called as cross-attention"
+class _Runner:
+    """What a patched layer calls in place of its forward or of its processor."""
 
+    def __init__(self, layer: PatchedLayer, context: VideoContext) -> None:
+        assert layer.adapter is not None
+        self.layer, self.context, self.adapter = layer, context, layer.adapter
+        self.number = opaque.number_of(layer.adapter.module)
+        self.original: Any = None
+        self.is_open = True
+        opaque.open_layer(self.number, self._alone, layer.adapter.out_channels)
 
-def _runner(layer: PatchedLayer, context: VideoContext) -> Any:
-    adapter = layer.adapter
-    assert adapter is not None
+    def close(self) -> None:
+        self.is_open = False
+        opaque.close_layer(self.number)
 
-    def run(original: Any, *args: Any, **kwargs: Any) -> Any:
-        call = adapter.read_call(*args, **kwargs)
+    def __call__(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() and not torch.is_grad_enabled():
+            call = self.adapter.read_call(*args, **kwargs)
+            if call is not None and not call[1] and not torch.is_autocast_enabled(call[0].device.type):
+                return self.adapter.wrap(opaque.run(call[0], self.number))
+        return self._run(original, *args, **kwargs)
+
+    def _alone(self, x: Tensor) -> Tensor:
+        runs, grid = _begin(self.layer, self.context, x)
+        return self._attend(x, grid) if runs else self.adapter.call_original(self.original, x)
+
+    @torch.compiler.disable
+    def _run(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self.is_open:  # code that was compiled within the block has kept it
+            return original(*args, **kwargs)
+        call = self.adapter.read_call(*args, **kwargs)
         if call is None:
-            _pass_over(layer)
+            self.layer.calls += 1
+            self.layer.note = "called as cross-attention"
             return original(*args, **kwargs)
         x, inputs = call
-        runs, grid = _begin(layer, context, x)
-        if not runs:
-            return original(*args, **kwargs)
-        out = attend(adapter, x, context, grid=grid, prefix=context.options.prefix, name=layer.name, **inputs)
-        return adapter.wrap(out)
+        runs, grid = _begin(self.layer, self.context, x)
+        return self.adapter.wrap(self._attend(x, grid, **inputs)) if runs else original(*args, **kwargs)
 
-    return run
+    def _attend(self, x: Tensor, grid: Grid | None, **inputs: Any) -> Tensor:
+        prefix = self.context.options.prefix
+        return attend(self.adapter, x, self.context, grid=grid, prefix=prefix, name=self.layer.name, **inputs)
 
 
 @contextlib.contextmanager
@@ -211,8 +238,8 @@ def patched(
         options: instead of the context's, until the block ends.
         expected_count: number of layers that must be patched.
         qkv_order: of guided-diffusion blocks; see `SLRAttention.from_attention`.
-        verify: check before every call of the model that nothing has replaced a patched layer, and after the first
-            that each ran exactly once. A network that runs a layer twice, or not at all, needs False.
+        verify: check before every call of the model, compiled or not, that nothing has replaced a patched layer, and
+            after the first that each ran exactly once. A network that runs a layer twice, or not at all, needs False.
 
     Yields:
         A `PatchReport`: print it, or look into ``report.layers``.
@@ -222,8 +249,9 @@ def patched(
         RuntimeError: nothing was patched, another number than expected, a layer is patched already; later, a layer
             that was replaced or has not run.
 
-    Compiled models are compiled again on entering and on leaving; the graph breaks where layers ask the context.
-    Attention dropout is not applied.
+    Compiled models, compiled before or within the block, run the patch and are themselves again after it. In inference
+    a layer is one operation to the compiler; where a gradient is needed and under autocast the graph breaks around it.
+    Attention dropout is not applied. The README of ``zsvr_kernels/adapters`` lists what is recognised and refused.
 
     Example:
         >>> layer = torch.nn.MultiheadAttention(64, 4, batch_first=True)
@@ -253,17 +281,19 @@ def patched(
             before = context.options
             stack.callback(context.configure, before)
             context.configure(options)
-        if any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) for m in model.modules()):
-            stack.callback(torch.compiler.reset)
-            torch.compiler.reset()
+        if "torch._dynamo" in sys.modules and any(isinstance(m, nn.TransformerEncoderLayer) for m in root.modules()):
+            torch.compiler.reset()  # its choice of the fused path is compiled in, whatever hooks come later
         for layer in report.patched:
             assert layer.adapter is not None
             module = layer.adapter.module
             _patched_now.add(module)
             stack.callback(_patched_now.discard, module)
-            stack.callback(layer.adapter.install(_runner(layer, context)))
+            runner = _Runner(layer, context)
+            stack.callback(runner.close)
+            runner.original = layer.adapter.original()
+            stack.callback(layer.adapter.install(runner))
         if verify:
-            for handle in _watch(model, report):
+            for handle in _watch(root, report):
                 stack.callback(handle.remove)
         yield report
 

@@ -37,6 +37,7 @@ def adapt(module: nn.Module, *, qkv_order: str | None = None) -> Adapter:
     """Return the adapter of one module; see `SLRAttention.from_attention` for arguments and errors."""
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
+    module = module._modules.get("_orig_mod") or module  # what torch.compile has wrapped
     adapter = adapter_for(module)
     if adapter is None:
         known = ", ".join(a.kind for a in ADAPTERS)

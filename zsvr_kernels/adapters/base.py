@@ -72,35 +72,53 @@ class Adapter(abc.ABC):
         """Return what the module's own forward returns."""
         return out
 
+    @property
+    def out_channels(self) -> int:
+        """Return the channels of the layer's output."""
+        return self.channels
+
+    def original(self) -> Callable[..., Any]:
+        """Return what `install` is about to replace, as something to call with the arguments of the forward."""
+        return getattr(self.module, self._slot())
+
+    def call_original(self, original: Callable[..., Any], x: Tensor) -> Tensor:
+        """Return what the module gave without the patch, in `begin`'s layout."""
+        return original(x)
+
     def install(self, run: Run) -> Callable[[], None]:
         """Make the module call ``run(original, *args, **kwargs)`` instead of its forward; return what undoes it.
 
         The forward is replaced on the instance, below the hook of accelerate where there is one.
         """
-        module, name = self.module, self._slot()
-        original = getattr(module, name)
-        was_own = name in module.__dict__
+        own, name = self.module.__dict__, self._slot()
+        original = self.original()
+        was_own = name in own
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             return run(original, *args, **kwargs)
 
         def undo() -> None:
-            if module.__dict__.get(name) is forward:
-                if was_own:
-                    module.__dict__[name] = original
-                else:
-                    del module.__dict__[name]
+            for slot in self._slots():  # a hook that came or went since has moved it from one to the other
+                if own.get(slot) is forward:
+                    if was_own or slot != self.forward_name:
+                        own[slot] = original
+                    else:
+                        del own[slot]
 
-        module.__dict__[name] = forward
-        self._installed = forward
+        own[name] = self._installed = forward
         return undo
 
     def is_installed(self) -> bool:
         """Return whether the module still calls what `install` put in its place."""
-        return self.module.__dict__.get(self._slot()) is self._installed
+        own = self.module.__dict__
+        return any(own.get(slot) is self._installed for slot in self._slots())
 
     def _slot(self) -> str:
-        return "_old_forward" if "_old_forward" in self.module.__dict__ else self.forward_name
+        return next(n for n in self._slots() if n in self.module.__dict__ or n == self.forward_name)
+
+    def _slots(self) -> tuple[str, ...]:
+        """Return where the forward may be, the innermost first: accelerate's hooks move it to ``_old_forward``."""
+        return ("_old_forward", "forward") if self.forward_name == "forward" else (self.forward_name,)
 
     _installed: object = None
 
@@ -110,6 +128,23 @@ Run = Callable[..., Any]  # run(original, *args, **kwargs)
 
 def _only(x: Tensor) -> Tensor:
     return x
+
+
+def check_no_more(kind: str, *arguments: object) -> None:
+    """Raise ValueError if a module's forward got further arguments that say anything."""
+    if any(x is not None and x is not False and not (isinstance(x, int) and x == 0) for x in arguments):
+        raise ValueError(
+            f"SLR attention in place of a {kind} takes the input alone: leave out masks, position embeddings and other "
+            "arguments, or leave this layer unpatched"
+        )
+
+
+def unknown_parts(module: nn.Module, *known: str) -> str | None:
+    """Return a refusal that names the module's parameters and weighted submodules beside the known ones, or None."""
+    parts = [name for name, x in module._parameters.items() if x is not None]
+    parts += [name for name, x in module.named_children() if next(x.parameters(), None) is not None]
+    unknown = [name for name in parts if name not in known]
+    return f"it has parts that such a layer does not have: {', '.join(unknown)}" if unknown else None
 
 
 def is_linear(x: object) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -39,6 +41,20 @@ class DiffusersAttention(Adapter):
             return "it attends to added keys and values of another sequence"
         if getattr(module, "spatial_norm", None) is not None:
             return "its norm depends on another tensor (spatial_norm): it belongs to a decoder"
+        if getattr(module, "to_k", None) is None or module.to_out is None:
+            return "it has no projection of keys or of the output"
+        if not module.to_q.out_features == module.to_k.out_features == module.to_v.out_features:
+            return "its queries, keys and values have different widths (grouped queries)"
+        if getattr(module, "is_causal", False):
+            return "it is causal"
+        norm = getattr(module, "norm_q", None)
+        if norm is not None and any(p.numel() != module.to_q.out_features // module.heads for p in norm.parameters()):
+            return "it normalises queries and keys across heads"
+        if isinstance(module.processor, nn.Module) and next(module.processor.parameters(), None) is not None:
+            return f"its processor has weights of its own ({type(module.processor).__name__})"
+        rotary = [n for n in _parameters(module.processor) if any(x in n for x in ("rotary", "rope", "freqs"))]
+        if rotary:
+            return f"its processor turns queries and keys by their positions ({rotary[0]})"
         return None
 
     def begin(self, x: Tensor, **inputs: Any) -> tuple[Tensor, Any]:
@@ -50,7 +66,7 @@ class DiffusersAttention(Adapter):
 
     def project(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         module: Any = self.module
-        if getattr(module, "fused_projections", False):
+        if self._uses_fused():
             q, k, v = module.to_qkv(tokens).chunk(3, dim=-1)
         else:
             q, k, v = module.to_q(tokens), module.to_k(tokens), module.to_v(tokens)
@@ -60,6 +76,12 @@ class DiffusersAttention(Adapter):
         if getattr(module, "norm_k", None) is not None:
             k = module.norm_k(k)
         return q, k, v
+
+    def _uses_fused(self) -> bool:
+        """Return whether the processor reads ``to_qkv``; unfusing a model leaves ``to_qkv`` and its flag behind."""
+        module: Any = self.module
+        processor = module.processor if self._original is None else self._original
+        return getattr(module, "fused_projections", False) and "Fused" in type(processor).__name__
 
     def finish(self, y: Tensor, state: Tensor) -> Tensor:
         module: Any = self.module
@@ -82,32 +104,43 @@ class DiffusersAttention(Adapter):
             return None
         if attention_mask is not None:
             raise ValueError("SLR attention takes no attention_mask: leave it out, or leave this layer unpatched")
-        return hidden_states, {}
+        return hidden_states, {name: x for name, x in unused.items() if x is not None}
+
+    @property
+    def out_channels(self) -> int:
+        module: Any = self.module
+        return getattr(module.to_out[0], "out_features", self.channels)
+
+    def original(self) -> Callable[..., Any]:
+        module: Any = self.module
+        return functools.partial(module.processor, module)
 
     def install(self, run: Run) -> Callable[[], None]:
         module: Any = self.module
-        original = module.processor
-        processor = SLRProcessor(run, original)
+        processor = SLRProcessor(run, module.processor)
+        before = module.__dict__.get("processor")
 
         def undo() -> None:
-            if module.processor is processor:
-                _put(module, original)
+            self._original = None
+            if module.__dict__.get("processor") is processor:
+                if before is None:
+                    del module.__dict__["processor"]
+                else:
+                    module.__dict__["processor"] = before
 
-        _put(module, processor)
-        self._installed = processor
+        # A processor that holds weights is a submodule: it stays one, hidden, so that the state dict stays the same.
+        module.__dict__["processor"] = self._installed = processor
+        self._original = processor.original
         return undo
 
     def is_installed(self) -> bool:
-        return self.module.processor is self._installed  # type: ignore[union-attr]
+        return self.module.__dict__.get("processor") is self._installed
+
+    _original: Any = None
 
 
-def _put(module: Any, processor: Any) -> None:
-    """Set a processor as it is: ``set_processor`` would drop the weights of one that holds some."""
-    if isinstance(processor, nn.Module):
-        module.processor = processor
-        return
-    module._modules.pop("processor", None)
-    module.processor = processor
+def _parameters(processor: Any) -> list[str]:
+    return list(inspect.signature(processor.__call__).parameters)
 
 
 class SLRProcessor:
@@ -116,6 +149,13 @@ class SLRProcessor:
     def __init__(self, run: Run, original: Any) -> None:
         self.run = run
         self.original = original
+        if set(_parameters(original)) - set(_parameters(self)) - {"args", "kwargs"}:
+            # diffusers passes on only those of cross_attention_kwargs that the signature names.
+            def call(*args: Any, **kwargs: Any) -> Any:
+                return SLRProcessor.__call__(self, *args, **kwargs)
+
+            call.__signature__ = inspect.signature(original.__call__)  # type: ignore[attr-defined]
+            self.__dict__["__call__"] = call
 
     def __call__(
         self,
@@ -124,10 +164,12 @@ class SLRProcessor:
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
-        *args: Any,
         **kwargs: Any,
     ) -> Tensor:
         def original(*a: Any, **k: Any) -> Any:
             return self.original(attn, *a, **k)
 
-        return self.run(original, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
+        # By keyword and only if given: a processor of the user's own need not take them all.
+        given = {"encoder_hidden_states": encoder_hidden_states, "attention_mask": attention_mask, "temb": temb}
+        kwargs |= {name: x for name, x in given.items() if x is not None}
+        return self.run(original, hidden_states, **kwargs)

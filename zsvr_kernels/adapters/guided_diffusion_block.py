@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from zsvr_kernels.adapters.base import Adapter, to_tokens
+from zsvr_kernels.adapters.base import Adapter, to_tokens, unknown_parts
 
 ORDERS = ("legacy", "new")
 
@@ -15,7 +15,8 @@ class GuidedDiffusionBlock(Adapter):
     """``x + proj_out(attention(qkv(norm(x))))`` over ``[N, C, ...]``.
 
     The *legacy* order holds q, k, v of one head after the other, ``(H, 3, D)``; the *new* one all q, then all k, then
-    all v, ``(3, H, D)``. A state dict cannot tell them apart, the class of the block's ``attention`` can.
+    all v, ``(3, H, D)``. A state dict cannot tell them apart, the block's ``attention`` can: guided-diffusion's
+    ``QKVAttentionLegacy`` and improved-diffusion's ``QKVAttention``, which knows no number of heads, are legacy.
     """
 
     kind = "guided-diffusion AttentionBlock"
@@ -27,7 +28,8 @@ class GuidedDiffusionBlock(Adapter):
         self.channels = module.qkv.in_channels
         self.head_dim = self.channels // self.heads
         if qkv_order is None:
-            qkv_order = "legacy" if "legacy" in type(module.attention).__name__.lower() else "new"
+            is_legacy = "legacy" in type(module.attention).__name__.lower() or not hasattr(module.attention, "n_heads")
+            qkv_order = "legacy" if is_legacy else "new"
         if qkv_order not in ORDERS:
             raise ValueError(f"qkv_order must be one of {', '.join(ORDERS)}, got {qkv_order!r}")
         self.qkv_order = qkv_order
@@ -44,9 +46,11 @@ class GuidedDiffusionBlock(Adapter):
     def refusal(cls, module: Any, name: str = "") -> str | None:
         if getattr(module, "encoder_kv", None) is not None:
             return "it also attends to an encoder's keys and values"
-        return None
+        return unknown_parts(module, "norm", "qkv", "proj_out")
 
     def begin(self, x: Tensor, **inputs: Any) -> tuple[Tensor, Any]:
+        if x.dim() != 4:
+            raise ValueError(f"{self.kind} takes [N, C, Hg, Wg], got shape {tuple(x.shape)}")
         module: Any = self.module
         return to_tokens(module.norm(x.flatten(2))), x
 

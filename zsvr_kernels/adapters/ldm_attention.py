@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from zsvr_kernels.adapters.base import Adapter, is_linear
+from zsvr_kernels.adapters.base import Adapter, check_no_more, is_linear, unknown_parts
 
 
 class LDMAttention(Adapter):
@@ -35,7 +35,9 @@ class LDMAttention(Adapter):
             return f"its keys come from {module.to_k.in_features} channels, its queries from {module.to_q.in_features}"
         if name.rpartition(".")[2] == "attn2":
             return "it is cross-attention (attn2)"
-        return None
+        if not module.to_q.out_features == module.to_k.out_features == module.to_v.out_features:
+            return "its queries, keys and values have different widths"
+        return unknown_parts(module, "to_q", "to_k", "to_v", "to_out")
 
     def begin(self, x: Tensor, **inputs: Any) -> tuple[Tensor, Any]:
         return x, None
@@ -56,6 +58,5 @@ class LDMAttention(Adapter):
     ) -> tuple[Tensor, dict[str, Any]] | None:
         if context is not None and context is not x:
             return None
-        if mask is not None:
-            raise ValueError("SLR attention takes no mask: leave it out, or leave this layer unpatched")
+        check_no_more(self.kind, mask, *others, *kwargs.values())
         return x, {}

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from zsvr_kernels.adapters.base import Adapter, is_linear
+from zsvr_kernels.adapters.base import Adapter, check_no_more, is_linear, unknown_parts
 
 
 class TimmAttention(Adapter):
@@ -34,7 +34,7 @@ class TimmAttention(Adapter):
         for field in ("relative_position_bias_table", "rel_pos", "rope", "rel_pos_h"):
             if getattr(module, field, None) is not None:
                 return f"its logits depend on positions ({field})"
-        return None
+        return unknown_parts(module, "qkv", "q_norm", "k_norm", "norm", "proj")
 
     def begin(self, x: Tensor, **inputs: Any) -> tuple[Tensor, Any]:
         if x.dim() != 3:
@@ -59,9 +59,13 @@ class TimmAttention(Adapter):
         drop = getattr(module, "proj_drop", None)
         return y if drop is None else drop(y)
 
+    @property
+    def out_channels(self) -> int:
+        module: Any = self.module
+        return module.proj.out_features
+
     def read_call(
         self, x: Tensor, attn_mask: Tensor | None = None, *others: Any, **kwargs: Any
     ) -> tuple[Tensor, dict[str, Any]] | None:
-        if attn_mask is not None:
-            raise ValueError("SLR attention takes no attn_mask: leave it out, or leave this layer unpatched")
+        check_no_more(self.kind, attn_mask, *others, *kwargs.values())
         return x, {}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zsvr_kernels.adapters.base import Adapter
+from zsvr_kernels.adapters.base import Adapter, Run, check_no_more
 
 
 class TorchMultihead(Adapter):
@@ -64,11 +65,31 @@ class TorchMultihead(Adapter):
     ) -> tuple[Tensor, dict[str, Any]] | None:
         if key is not query or value is not query:
             return None
-        if key_padding_mask is not None or attn_mask is not None or is_causal:
-            raise ValueError("SLR attention takes no mask: leave it out, or leave this layer unpatched")
+        check_no_more(self.kind, key_padding_mask, attn_mask, is_causal)
         if query.dim() != 3:
             raise ValueError(f"{self.kind} must get a batch of frames, got shape {tuple(query.shape)}")
         return (query if self.module.batch_first else query.transpose(0, 1)), {}
 
+    def install(self, run: Run) -> Callable[[], None]:
+        undo = super().install(run)
+        # In eval mode torch.nn.TransformerEncoderLayer reads the weights without calling this module, unless it finds
+        # a hook in it.
+        handle = self.module.register_forward_pre_hook(_nothing)
+
+        def undo_both() -> None:
+            handle.remove()
+            undo()
+
+        return undo_both
+
     def wrap(self, out: Tensor) -> Any:
         return (out if self.module.batch_first else out.transpose(0, 1)), None
+
+    def call_original(self, original: Callable[..., Any], x: Tensor) -> Tensor:
+        query = x if self.module.batch_first else x.transpose(0, 1)
+        out = original(query, query, query, need_weights=False)[0]
+        return out if self.module.batch_first else out.transpose(0, 1)
+
+
+def _nothing(*_: Any) -> None:
+    return None
