@@ -12,8 +12,8 @@ import subprocess
 from collections.abc import Iterator
 from typing import Any
 
-from bench import targets
-from bench.contest import VARIANTS
+from bench import shapes, targets
+from bench.contest import BASELINES, VARIANTS
 
 WORSE = 1.10  # slower than the previous result by this factor counts as a regression
 Result = dict[str, Any]
@@ -49,7 +49,7 @@ def _key(allocator: str, record: Record) -> tuple[str, str]:
 
 
 def peers(record: Record) -> dict[str, float]:
-    """Return the median ratio to every peer (not to variants of ours)."""
+    """Return the median ratio to every peer and baseline (not to variants of ours)."""
     entries = record["contestants"].items()
     return {name: entry["ratio"]["p50"] for name, entry in entries if name not in VARIANTS}
 
@@ -66,7 +66,7 @@ def regressions(result: Result, before: Result | None) -> list[list[str]]:
         if not record["check"]["ok"]:
             continue
         for peer, ratio in peers(record).items():
-            if ratio < 1:
+            if ratio < 1 and peer not in BASELINES:  # targets say what a baseline is to be held to
                 found.append((ratio, [title(record), allocator, f"{peer} is faster", f"{ratio:.2f}"]))
         now, then = record["contestants"]["ours"]["p50"], earlier.get(_key(allocator, record))
         if then is not None and now > WORSE * then:
@@ -83,7 +83,7 @@ def roofline(record: Record, ceilings: dict[str, float | None]) -> tuple[float, 
     """
     if record["direction"] != "fwd" or not record.get("flops"):
         return None
-    wide = record["dtype"] == "bf16" and record["op"] == "cross_frame_attention"
+    wide = record["dtype"] == "bf16" and record["op"] != "trajectory_attention"
     units = ("tile_bf16", "dot_bf16", "fma_fp32") if wide else ("fma_fp32",)
     unit = max(units, key=lambda name: ceilings.get(name) or 0.0)
     terms = [("flops", unit), ("gathered_bytes", "read_l1"), ("memory_traffic_bytes", "read_dram")]
@@ -173,7 +173,7 @@ def render(result: Result, before: Result | None = None) -> str:
         "## Ceilings, GFLOP/s and GB/s\n",
         _ceilings(result),
     ]
-    for op in ("cross_frame_attention", "trajectory_attention", "chain_links"):
+    for op in shapes.FULL:
         header = ["case", "allocator", "ms p20 / p50 / p80", "rate", "roofline", "ratios", "peak extra MB"]
         parts += [f"## {op}\n", table(header, list(_case_rows(result, op)))]
     missing = [
@@ -198,7 +198,7 @@ def readme(result: Result) -> str:
         Hg, Wg = record["grid"]
         shape = f"T={record['T']}, {Hg}x{Wg}, H={record['H']}, D={record['D']}"
         milliseconds = f"{record['contestants']['ours']['p50'] * 1e3:.2f}"
-        what = f"`{record['op']}` {record['direction']}"
+        what = f"`{record['op']}` {record['direction']}" + (f", {record['variant']}" if record.get("variant") else "")
         rows.append([what, shape, record["dtype"], milliseconds, _share(record, ceilings), ratios])
     facts = result["provenance"]
     caption = f"\n{facts['device']}, {most} threads, allocator {mode}, torch {facts['versions']['torch']}, "
