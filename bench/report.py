@@ -185,25 +185,49 @@ def render(result: Result, before: Result | None = None) -> str:
     return "\n".join(parts)
 
 
+def _layer_row(record: Record) -> list[str]:
+    Hg, Wg = record["grid"]
+    ratios = [
+        f"{record['contestants'][name]['ratio']['p50']:.2f}x" if name in record["contestants"] else ""
+        for name in ("spatial_layer", "eager_slr")
+    ]
+    extra = [record.get("peak_extra_bytes", {}).get(name) for name in ("ours", "spatial_layer", "eager_slr")]
+    return [
+        f"{record['level']}: {Hg}x{Wg}, H={record['H']}, D={record['D']}, T={record['T']}",
+        record["variant"], record["direction"], record["dtype"], f"{record['contestants']['ours']['p50'] * 1e3:.1f}",
+        *ratios, " / ".join(_megabytes(size) or "-" for size in extra),
+    ]  # fmt: skip
+
+
 def readme(result: Result) -> str:
-    """Return the compact table: cases of the retained allocator on the most threads, medians and ratios."""
+    """Return two compact tables, of operators and of the layer: retained allocator, most threads, medians and ratios."""
     most = max(run["threads"] for run in result["runs"])
     modes = {run["allocator"] for run in result["runs"]}
     mode = targets.ALLOCATOR if targets.ALLOCATOR in modes else min(modes)
-    rows = []
+    rows, layers = [], []
     for allocator, record, ceilings in records(result):
         if allocator != mode or record["threads"] != most or not record["check"]["ok"]:
+            continue
+        if record["op"] == "slr_attention":
+            layers.append(_layer_row(record))
             continue
         ratios = ", ".join(f"{name} {ratio:.1f}x" for name, ratio in peers(record).items())
         Hg, Wg = record["grid"]
         shape = f"T={record['T']}, {Hg}x{Wg}, H={record['H']}, D={record['D']}"
         milliseconds = f"{record['contestants']['ours']['p50'] * 1e3:.2f}"
-        what = f"`{record['op']}` {record['direction']}" + (f", {record['variant']}" if record.get("variant") else "")
+        what = f"`{record['op']}` {record['direction']}"
         rows.append([what, shape, record["dtype"], milliseconds, _share(record, ceilings), ratios])
     facts = result["provenance"]
     caption = f"\n{facts['device']}, {most} threads, allocator {mode}, torch {facts['versions']['torch']}, "
     caption += f"commit {facts['commit'][:10]}; ratio = the peer's time over ours.\n"
-    return table(["operator", "shape", "dtype", "ms", "roofline", "against"], rows) + caption
+    text = ""
+    if rows:
+        text += table(["operator", "shape", "dtype", "ms", "roofline", "against"], rows) + caption
+    if layers:
+        header = ["layer", "frames", "direction", "dtype", "ms", "spatial layer", "eager SLR", "peak extra MB"]
+        caption += "Peak extra MB: ours / spatial layer / eager SLR.\n"
+        text += "\n" * bool(rows) + table(header, layers) + caption
+    return text
 
 
 def previous(path: pathlib.Path) -> Result | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -44,7 +45,7 @@ def along_trajectories(features: Tensor, trajectories: zk.Trajectories) -> float
     Returns:
         The ratio; NaN where no token is live in two frames, or nothing varies.
     """
-    features = features.double()
+    features = features.detach().double()
     total = float(features.flatten(0, 1).var(0).mean())
     amount, tokens = 0.0, 0
     for i, row in enumerate(trajectories.frames.long()):
@@ -77,17 +78,17 @@ def features(network: SmallUNet, frames: Tensor, context: zk.VideoContext) -> di
     found: dict[Grid, list[Tensor]] = {}
 
     def keep(_: object, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        found.setdefault(tuple(output.shape[2:]), []).append((output - inputs[0]).flatten(2).mT)
+        found.setdefault((output.shape[2], output.shape[3]), []).append((output - inputs[0]).flatten(2).mT)
 
     handles = [layer.register_forward_hook(keep) for layer in network.attentions()]
     try:
         # Step 0 of 1, with correction admitted from the start where it is on.
-        with context.step(0, 1):
+        with torch.no_grad(), context.step(0, 1):
             output = network(2 * frames - 1, context)
     finally:
         for handle in handles:
             handle.remove()
-    found[tuple(output.shape[2:])] = [output.flatten(2).mT]
+    found[output.shape[2], output.shape[3]] = [output.flatten(2).mT]
     return found
 
 

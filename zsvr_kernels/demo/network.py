@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zsvr_kernels.context import VideoContext
+from zsvr_kernels.plain import PlainAttention
 from zsvr_kernels.slr import SLRAttention
 
 CHANNELS = (32, 64, 96, 128)  # at full, 1/2, 1/4, 1/8 of the resolution; attention on all but the first
@@ -60,10 +61,10 @@ class SmallUNet(nn.Module):
 
     @staticmethod
     def _attention(channels: int) -> SLRAttention:
-        layer = SLRAttention(channels, channels // HEAD_DIM, groups=GROUPS)
+        plain = PlainAttention(channels, channels // HEAD_DIM, groups=GROUPS)
         with torch.no_grad():
-            layer.attention.qkv.weight[: 2 * channels] *= SHARPNESS  # type: ignore[union-attr, index]
-        return layer
+            plain.qkv.weight[: 2 * channels] *= SHARPNESS
+        return SLRAttention.from_attention(plain)
 
     def attentions(self) -> list[SLRAttention]:
         """Return the attention layers in the order in which they run."""
