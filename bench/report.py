@@ -200,7 +200,7 @@ def _layer_row(record: Record) -> list[str]:
 
 
 def readme(result: Result) -> str:
-    """Return two compact tables, of operators and of the layer: retained allocator, most threads, medians and ratios."""
+    """Return two compact tables, operators and whole layer: retained allocator, most threads, medians and ratios."""
     most = max(run["threads"] for run in result["runs"])
     modes = {run["allocator"] for run in result["runs"]}
     mode = targets.ALLOCATOR if targets.ALLOCATOR in modes else min(modes)

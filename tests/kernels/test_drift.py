@@ -66,7 +66,7 @@ def test_occluded_features_do_not_count(generator):
     features[1, 2] += 100.0
     assert drift.along_trajectories(features, straight(T, Wg)) > 0.1
     valid[0, :, 1, 2] = False  # frame 1 is hidden at site 2
-    assert drift.along_trajectories(features, straight(T, Wg, valid)) == 0.0
+    assert drift.along_trajectories(features, straight(T, Wg, valid)) < 1e-10
 
 
 def test_the_spatial_row_is_that_of_plain_attention(monkeypatch):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import zsvr_kernels as zk
-from zsvr_kernels.backends import OPERATORS, Call, choose
+from zsvr_kernels.backends import Call, choose
 from zsvr_kernels.demo import denoise as method
 from zsvr_kernels.demo import drift, metrics
 from zsvr_kernels.demo.clip import Clip, add_noise, bundled_clip
@@ -33,6 +33,7 @@ EPILOG = """examples:
 """
 
 OUTPUTS = ("before_after.mp4", "contact_sheet.png", "metrics.json", "report.md")
+OPERATIONS = ("cross_frame_attention", "trajectory_attention", "chain_links")  # that denoising consists of
 LABELS = {
     "noisy": "noisy",
     "spatial": "per-frame attention",
@@ -112,7 +113,7 @@ def time_operators(noisy: Tensor) -> list[list[str]]:
     for call, _ in operator_calls(small, "reference").values():
         call()
     for turn in range(4):
-        for name in OPERATORS:
+        for name in OPERATIONS:
             for backend, calls in runs.items():
                 if backend == "reference" and turn != 1:
                     continue
@@ -124,7 +125,7 @@ def time_operators(noisy: Tensor) -> list[list[str]]:
                 if turn > 0:
                     times.setdefault((name, backend), []).append(1e3 * (time.perf_counter() - start))
     rows = []
-    for op in OPERATORS:
+    for op in OPERATIONS:
         medians = {b: statistics.median(t) for (o, b), t in times.items() if o == op}
         for backend, value in medians.items():
             rows.append([op, backend, f"{value:.2f}", f"{medians['reference'] / value:.1f}x"])
@@ -162,7 +163,7 @@ def check(arguments: argparse.Namespace) -> tuple[pathlib.Path | None, pathlib.P
         value = getattr(arguments, name)
         if value is not None and value < least:
             raise ValueError(f"--{name} must be at least {least}, got {value}")
-    for op in OPERATORS:
+    for op in OPERATIONS:
         choose(arguments.backend, Call(op, "cpu", torch.float32, None if op == "chain_links" else method.DIM))
     source = pathlib.Path(arguments.paths[0]) if len(arguments.paths) == 2 else None
     out = pathlib.Path(arguments.paths[-1] if arguments.paths else "demo_out")

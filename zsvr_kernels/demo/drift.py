@@ -13,7 +13,7 @@ import zsvr_kernels as zk
 from zsvr_kernels.demo.clip import Clip
 from zsvr_kernels.demo.denoise import optical_flow
 from zsvr_kernels.demo.network import STRIDE, SmallUNet
-from zsvr_kernels.sampling import Grid, bilinear_sample
+from zsvr_kernels.sampling import Grid
 
 LONGEST, FRAMES = 96, 8  # of what is measured; larger clips are reduced
 SEEDS = 3  # networks measured; the table gives their mean
@@ -45,20 +45,21 @@ def along_trajectories(features: Tensor, trajectories: zk.Trajectories) -> float
     Returns:
         The ratio; NaN where no token is live in two frames, or nothing varies.
     """
-    features = features.detach().double()
-    total = float(features.flatten(0, 1).var(0).mean())
+    Hg, Wg = trajectories.grid
+    size = torch.tensor((max(Wg - 1, 1), max(Hg - 1, 1)))
+    images = features.detach().mT.unflatten(2, (Hg, Wg))  # [T, C, Hg, Wg]
+    total = float(images.double().var((0, 2, 3)).mean())
     amount, tokens = 0.0, 0
     for i, row in enumerate(trajectories.frames.long()):
         slots = (row >= 0).nonzero()[:, 0]
-        sampled = bilinear_sample(
-            features[row[slots]], trajectories.positions[0, i, slots].double(), trajectories.grid
-        )  # [n, P, C]
-        live = trajectories.valid[0, i, slots][..., None].double()
-        count = live.sum(0)  # [P, 1]
-        mean = (sampled * live).sum(0) / count
-        variance = ((sampled - mean).square() * live).sum(0).mean(-1) / (count[:, 0] - 1)
-        usable = count[:, 0] > 1
-        amount += float(variance[usable].sum())
+        where = (2 * trajectories.positions[0, i, slots] / size - 1).unflatten(1, (Hg, Wg))
+        sampled = F.grid_sample(images[row[slots]], where, padding_mode="border", align_corners=True)  # [n, C, Hg, Wg]
+        live = trajectories.valid[0, i, slots].unflatten(1, (1, Hg, Wg))
+        count = live.sum(0)  # [1, Hg, Wg]
+        mean = (sampled * live).sum(0) / count.clamp(min=1)
+        variance = ((sampled - mean).square() * live).sum(0).mean(0) / (count[0] - 1)
+        usable = count[0] > 1
+        amount += float(variance[usable].double().sum())
         tokens += int(usable.sum())
     return amount / tokens / total if tokens and total > 0 else math.nan
 
@@ -118,20 +119,19 @@ def measure(clip: Clip, noisy: Tensor, truth: Tensor, backend: str = "auto") -> 
     if flows["true"][0].shape[2:] != noisy.shape[2:]:
         raise ValueError(f"exact flow is {tuple(flows['true'][0].shape)}, but what is measured is {H}x{W} pixels")
 
-    judges: dict[Grid, zk.Trajectories] = {}
+    contexts = {source: zk.VideoContext(*(x[None] for x in pair)) for source, pair in flows.items()}
+    judge = zk.VideoContext(*(x[None] for x in flows["true"]))
     sums: dict[str, dict[Grid, list[float]]] = {row: {} for row in ROWS}
     for seed in range(SEEDS):
         network = SmallUNet(seed)
         for row, (combine, source, corrects) in ROWS.items():
             correct = zk.CorrectionOptions(enabled=corrects, similarity_start=0.0)
-            options = zk.SLROptions(combine=combine, correct=correct, backend=backend)
-            context = zk.VideoContext(*(flow[None] for flow in flows[source]), options=options)
-            for grid, tensors in features(network, noisy, context).items():
-                if grid not in judges:
-                    forward, backward = (flow[None] for flow in flows["true"])
-                    judges[grid] = zk.chain_links(zk.Links.from_flow(forward, backward, grid=grid))
-                sums[row].setdefault(grid, []).extend(along_trajectories(x, judges[grid]) for x in tensors)
-    order = sorted(judges, reverse=True)
+            contexts[source].configure(zk.SLROptions(combine=combine, correct=correct, backend=backend))
+            contexts[source].reset()
+            for grid, tensors in features(network, noisy, contexts[source]).items():
+                paths = judge.trajectories(grid)
+                sums[row].setdefault(grid, []).extend(along_trajectories(x, paths) for x in tensors)
+    order = sorted(sums["spatial"], reverse=True)
     names = [f"output {H}x{W}" if grid == (H, W) else f"{grid[0]}x{grid[1]}" for grid in order]
     return {
         "size": [len(noisy), H, W],
