@@ -8,10 +8,11 @@ JOBS   ?= $(shell nproc 2>/dev/null || echo 2)
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h') CMakeLists.txt setup.py
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test lint format sanitize bench gpu wheel picture clean
+.PHONY: help setup demo examples test lint format sanitize bench gpu wheel picture clean
 
 help:
 	@echo "make demo      denoise a photographic sequence with the two attention operators; writes $(OUT)/"
+	@echo "make examples  run examples/: SLR attention in diffusers networks and in one of your own"
 	@echo "make test      the whole test suite"
 	@echo "make lint      ruff, mypy, clang-format"
 	@echo "make format    rewrite sources to the project's format"
@@ -46,6 +47,9 @@ setup: $(VENV)/.built
 
 demo: setup
 	$(BIN)/python -m zsvr_kernels.demo --overwrite $(OUT)
+
+examples: setup
+	for script in examples/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 test: setup
 	$(BIN)/python -m pytest -q $(TESTS)

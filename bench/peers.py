@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from zsvr_kernels.plain import PlainAttention
 from zsvr_kernels.trajectories import Trajectories
 
 Peer = Callable[[], Any]
@@ -114,6 +115,12 @@ def cross_frame_attention(
 # ---- trajectory attention ----
 
 
+def live_rows(trajectories: Trajectories) -> tuple[Tensor, Tensor, Tensor, tuple[int, int]]:
+    """Return positions, live slots bool ``[B, T, L, P]``, rows int64 ``[T, L]`` and the grid, for the gathers above."""
+    live = trajectories.valid & (trajectories.frames >= 0)[None, :, :, None]
+    return trajectories.positions, live, trajectories.frames.long().clamp(min=0), trajectories.grid
+
+
 def corner_attention(
     q: Tensor,  # [B, T, P, H, D]
     k: Tensor,
@@ -185,12 +192,29 @@ def trajectory_attention(
     trajectories: Trajectories,
 ) -> dict[str, Peer | str]:
     """Return the peers by name; a string instead of a peer says why there is none."""
-    rows = trajectories.frames.long().clamp(min=0)
-    live = trajectories.valid & (trajectories.frames >= 0)[None, :, :, None]
-    arguments = (q, k, v, trajectories.positions, live, rows, trajectories.grid)
+    arguments = (q, k, v, *live_rows(trajectories))
     fast = compiled(corner_attention)
     return {
         "compiled_gather": lambda: fast(*arguments),
         "eager_gather": lambda: corner_attention(*arguments),
         "eager_grid_sample": lambda: grid_sample_attention(*arguments),
     }
+
+
+# ---- the whole layer ----
+
+
+def slr_layer(module: PlainAttention, x: Tensor, rows: Tensor, trajectories: Trajectories) -> Tensor:
+    """SLR attention as published projects write it: SDPA on concatenated K and V, then gathers along trajectories.
+
+    Args:
+        module: norm, projections, residual.
+        x: ``[T, C, Hg, Wg]``.
+        rows: frame table, int64 ``[T, R]``, no absent entry.
+        trajectories: over the frames and the grid of x.
+    """
+    tokens = module.normalise(x.flatten(2).mT)
+    q, k, v = module.qkv(tokens).unflatten(-1, (3, module.num_heads, module.head_dim))[None].unbind(3)
+    short = sdpa_on_concat(q, k, v, rows)
+    y = module.proj(corner_attention(q, k, short, *live_rows(trajectories))[0].flatten(2))
+    return x + y.mT.reshape(x.shape)

@@ -12,8 +12,8 @@ import subprocess
 from collections.abc import Iterator
 from typing import Any
 
-from bench import targets
-from bench.contest import VARIANTS
+from bench import shapes, targets
+from bench.contest import BASELINES, VARIANTS
 
 WORSE = 1.10  # slower than the previous result by this factor counts as a regression
 Result = dict[str, Any]
@@ -49,7 +49,7 @@ def _key(allocator: str, record: Record) -> tuple[str, str]:
 
 
 def peers(record: Record) -> dict[str, float]:
-    """Return the median ratio to every peer (not to variants of ours)."""
+    """Return the median ratio to every peer and baseline (not to variants of ours)."""
     entries = record["contestants"].items()
     return {name: entry["ratio"]["p50"] for name, entry in entries if name not in VARIANTS}
 
@@ -66,7 +66,7 @@ def regressions(result: Result, before: Result | None) -> list[list[str]]:
         if not record["check"]["ok"]:
             continue
         for peer, ratio in peers(record).items():
-            if ratio < 1:
+            if ratio < 1 and peer not in BASELINES:  # targets say what a baseline is to be held to
                 found.append((ratio, [title(record), allocator, f"{peer} is faster", f"{ratio:.2f}"]))
         now, then = record["contestants"]["ours"]["p50"], earlier.get(_key(allocator, record))
         if then is not None and now > WORSE * then:
@@ -83,7 +83,7 @@ def roofline(record: Record, ceilings: dict[str, float | None]) -> tuple[float, 
     """
     if record["direction"] != "fwd" or not record.get("flops"):
         return None
-    wide = record["dtype"] == "bf16" and record["op"] == "cross_frame_attention"
+    wide = record["dtype"] == "bf16" and record["op"] != "trajectory_attention"
     units = ("tile_bf16", "dot_bf16", "fma_fp32") if wide else ("fma_fp32",)
     unit = max(units, key=lambda name: ceilings.get(name) or 0.0)
     terms = [("flops", unit), ("gathered_bytes", "read_l1"), ("memory_traffic_bytes", "read_dram")]
@@ -173,7 +173,7 @@ def render(result: Result, before: Result | None = None) -> str:
         "## Ceilings, GFLOP/s and GB/s\n",
         _ceilings(result),
     ]
-    for op in ("cross_frame_attention", "trajectory_attention", "chain_links"):
+    for op in shapes.FULL:
         header = ["case", "allocator", "ms p20 / p50 / p80", "rate", "roofline", "ratios", "peak extra MB"]
         parts += [f"## {op}\n", table(header, list(_case_rows(result, op)))]
     missing = [
@@ -185,14 +185,31 @@ def render(result: Result, before: Result | None = None) -> str:
     return "\n".join(parts)
 
 
+def _layer_row(record: Record) -> list[str]:
+    Hg, Wg = record["grid"]
+    ratios = [
+        f"{record['contestants'][name]['ratio']['p50']:.2f}x" if name in record["contestants"] else ""
+        for name in ("spatial_layer", "eager_slr")
+    ]
+    extra = [record.get("peak_extra_bytes", {}).get(name) for name in ("ours", "spatial_layer", "eager_slr")]
+    return [
+        f"{record['level']}: {Hg}x{Wg}, H={record['H']}, D={record['D']}, T={record['T']}",
+        record["variant"], record["direction"], record["dtype"], f"{record['contestants']['ours']['p50'] * 1e3:.1f}",
+        *ratios, " / ".join(_megabytes(size) or "-" for size in extra),
+    ]  # fmt: skip
+
+
 def readme(result: Result) -> str:
-    """Return the compact table: cases of the retained allocator on the most threads, medians and ratios."""
+    """Return two compact tables, operators and whole layer: retained allocator, most threads, medians and ratios."""
     most = max(run["threads"] for run in result["runs"])
     modes = {run["allocator"] for run in result["runs"]}
     mode = targets.ALLOCATOR if targets.ALLOCATOR in modes else min(modes)
-    rows = []
+    rows, layers = [], []
     for allocator, record, ceilings in records(result):
         if allocator != mode or record["threads"] != most or not record["check"]["ok"]:
+            continue
+        if record["op"] == "slr_attention":
+            layers.append(_layer_row(record))
             continue
         ratios = ", ".join(f"{name} {ratio:.1f}x" for name, ratio in peers(record).items())
         Hg, Wg = record["grid"]
@@ -203,7 +220,14 @@ def readme(result: Result) -> str:
     facts = result["provenance"]
     caption = f"\n{facts['device']}, {most} threads, allocator {mode}, torch {facts['versions']['torch']}, "
     caption += f"commit {facts['commit'][:10]}; ratio = the peer's time over ours.\n"
-    return table(["operator", "shape", "dtype", "ms", "roofline", "against"], rows) + caption
+    text = ""
+    if rows:
+        text += table(["operator", "shape", "dtype", "ms", "roofline", "against"], rows) + caption
+    if layers:
+        header = ["layer", "frames", "direction", "dtype", "ms", "spatial layer", "eager SLR", "peak extra MB"]
+        caption += "Peak extra MB: ours / spatial layer / eager SLR.\n"
+        text += "\n" * bool(rows) + table(header, layers) + caption
+    return text
 
 
 def previous(path: pathlib.Path) -> Result | None:

@@ -38,6 +38,8 @@ class Case:
     """One measurement: an operator at a shape, in a dtype and a direction, with a number of threads.
 
     Directions: ``"fwd"``; ``"bwd"``: the backward alone, on a retained graph; ``"step"``: forward and backward.
+    Variants, of the whole layer: ``"neighbors"`` (R = 2), ``"previous"`` (R = 1), ``"corrected"``: neighbors with
+    links corrected, at a step that admits it.
     """
 
     op: str
@@ -46,6 +48,7 @@ class Case:
     dtype: str
     direction: str
     threads: int
+    variant: str = ""
 
     @property
     def shape(self) -> Level:
@@ -61,7 +64,8 @@ class Case:
 
     @property
     def name(self) -> str:
-        return f"{self.level}-T{self.T}-{self.dtype}-{self.direction}-{self.threads}t"
+        variant = f"{self.variant}-" if self.variant else ""
+        return f"{self.level}-T{self.T}-{self.dtype}-{self.direction}-{variant}{self.threads}t"
 
     def describe(self) -> dict[str, object]:
         """Return the fields that identify the case in a result file."""
@@ -69,10 +73,12 @@ class Case:
         fields.update(name=self.name, grid=list(self.shape.grid), H=self.shape.H, D=self.shape.D)
         if self.op != "cross_frame_attention":
             fields["L"] = 2 * WINDOW + 1
+        if self.op == "slr_attention":
+            fields["R"] = 1 if self.variant == "previous" else 2
         return fields
 
 
-# (level, T, dtype, direction, threads). The first lines are the shapes that the targets name.
+# (level, T, dtype, direction, threads[, variant]). The first lines are the shapes that the targets name.
 _CROSS_FRAME = [
     ("adm-32", 16, "fp32", "fwd", (1, 2)),
     ("adm-32", 16, "bf16", "fwd", (1, 2)),
@@ -109,7 +115,27 @@ _CHAIN = [
     ("adm-16", 32, "fp32", "fwd", (2,)),
     ("sd-64", 8, "fp32", "fwd", (2,)),
 ]
-FULL = {"cross_frame_attention": _CROSS_FRAME, "trajectory_attention": _TRAJECTORY, "chain_links": _CHAIN}
+_SLR = [
+    *[
+        (level, T, "fp32", direction, (2,), "neighbors")
+        for level, T in [("adm-32", 16), ("sd-64", 8), ("sd-32", 16), ("sd-32", 8), ("adm-32", 8), ("adm-16", 16),
+                         ("adm-16", 8), ("adm-8", 16), ("adm-8", 8)]
+        for direction in ("fwd", "step")
+    ],
+    *[
+        (level, T, "fp32", direction, (2,), "previous")
+        for level, T in [("adm-32", 16), ("sd-64", 8), ("sd-32", 16), ("adm-16", 16), ("adm-8", 16)]
+        for direction in ("fwd", "step")
+    ],
+    ("adm-32", 16, "bf16", "fwd", (2,), "neighbors"),
+    ("adm-32", 16, "fp32", "fwd", (2,), "corrected"),
+]  # fmt: skip
+FULL = {
+    "cross_frame_attention": _CROSS_FRAME,
+    "trajectory_attention": _TRAJECTORY,
+    "chain_links": _CHAIN,
+    "slr_attention": _SLR,
+}
 QUICK = {
     "cross_frame_attention": [
         ("adm-16", 8, "fp32", "fwd", (2,)),
@@ -121,16 +147,23 @@ QUICK = {
         ("adm-8-half", 16, "fp32", "bwd", (2,)),
     ],
     "chain_links": [("adm-16", 8, "fp32", "fwd", (2,))],
+    "slr_attention": [
+        ("adm-16", 8, "fp32", "fwd", (2,), "neighbors"),
+        ("adm-16", 8, "fp32", "step", (2,), "previous"),
+    ],
 }
-SMOKE = {op: [("tiny", 3, "fp32", "fwd", (1,))] for op in FULL}
+SMOKE = {op: [("tiny", 3, "fp32", "fwd", (1,))] for op in FULL} | {
+    "slr_attention": [("tiny", 3, "fp32", d, (1,), v) for d, v in [("fwd", "neighbors"), ("step", "previous"),
+                                                                  ("fwd", "corrected")]]
+}  # fmt: skip
 SUITES = {"full": FULL, "quick": QUICK, "smoke": SMOKE}
 
 
 def cases(suite: str, op: str, threads: int, select: str = "") -> list[Case]:
     """Return the cases of one operator for a number of threads whose ``op-name`` contains ``select``."""
     found = [
-        Case(op, level, T, dtype, direction, threads)
-        for level, T, dtype, direction, counts in SUITES[suite][op]
+        Case(op, level, T, dtype, direction, threads, *variant)
+        for level, T, dtype, direction, counts, *variant in SUITES[suite][op]
         if threads in counts
     ]
     return [case for case in found if select in f"{op}-{case.name}"]
@@ -138,4 +171,4 @@ def cases(suite: str, op: str, threads: int, select: str = "") -> list[Case]:
 
 def thread_counts(suite: str) -> list[int]:
     """Return the numbers of threads that a suite asks for, ascending."""
-    return sorted({n for lines in SUITES[suite].values() for line in lines for n in line[-1]})
+    return sorted({n for lines in SUITES[suite].values() for line in lines for n in line[4]})

@@ -99,6 +99,18 @@ def _trajectory(record: Record) -> Iterator[Line]:
             yield Line(f"ratio to {peer}", name, bound, ratio)
 
 
+def _slr(record: Record) -> Iterator[Line]:
+    """The whole layer beside the spatial one that it replaces."""
+    if record["dtype"] != "fp32" or record["variant"] == "corrected" or sites(record) < 1024:
+        return
+    if (ratio := _ratio(record, "spatial_layer")) is not None:
+        yield Line("spatial layer's time over ours", record["name"], 1.0, ratio)
+    extra = record.get("peak_extra_bytes", {})
+    ours, spatial = extra.get("ours"), extra.get("spatial_layer")
+    if ours is not None and spatial:
+        yield Line("peak extra memory over the spatial layer's", record["name"], 1.2, ours / spatial, upper=True)
+
+
 def lines(result: dict[str, Any]) -> list[Line]:
     """Return every target that the result file has a measurement for, in its order."""
     found: list[Line] = []
@@ -115,6 +127,8 @@ def lines(result: dict[str, Any]) -> list[Line]:
                 found += _cross_frame(record, run["probes"])
             elif record["op"] == "trajectory_attention":
                 found += _trajectory(record)
+            elif record["op"] == "slr_attention":
+                found += _slr(record)
             elif (ratio := _ratio(record, "eager")) is not None:
                 found.append(Line("ratio to eager", record["name"], 5.0, ratio))
     for (op, level, T, dtype, direction, threads), seconds in times.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from zsvr_kernels.ops.chain_links.reference import chain_links_reference
 from zsvr_kernels.ops.cross_frame_attention.reference import cross_frame_attention_reference
 from zsvr_kernels.ops.trajectory_attention import cpu as trajectory_cpu
 from zsvr_kernels.ops.trajectory_attention.reference import trajectory_attention_reference
+from zsvr_kernels.plain import PlainAttention
 
 Call = Callable[[], Any]
 ORACLE_FLOPS = 3e9  # a case with more work is checked on its first and last head
@@ -45,13 +47,17 @@ def tokens(case: Case, *, grad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return q, k, v, d_o
 
 
-def links(case: Case) -> zk.Links:
-    """Return links of a smooth random flow of a few tokens per frame, its inverse taken as its negative."""
+def flow(case: Case) -> Tensor:
+    """Return a smooth random flow ``[1, T-1, 2, Hg, Wg]`` of a few tokens per frame."""
     generator = torch.Generator().manual_seed(7)
-    Hg, Wg = case.shape.grid
     coarse = torch.randn(case.T - 1, 2, 4, 4, generator=generator)
-    flow = torch.nn.functional.interpolate(coarse, size=(Hg, Wg), mode="bilinear", align_corners=False)[None]
-    return zk.Links.from_flow(flow, -flow, grid=(Hg, Wg), check="none")
+    return torch.nn.functional.interpolate(coarse, size=case.shape.grid, mode="bilinear", align_corners=False)[None]
+
+
+def links(case: Case) -> zk.Links:
+    """Return links of that flow, its inverse taken as its negative."""
+    forward = flow(case)
+    return zk.Links.from_flow(forward, -forward, grid=case.shape.grid, check="none")
 
 
 def _heads(case: Case, flops: float) -> list[int]:
@@ -211,8 +217,88 @@ def chain_links(case: Case) -> Workload:
     return Workload(contestants, check)
 
 
+def slr_module(case: Case) -> PlainAttention:
+    """Return a seeded spatial self-attention layer whose logits have a standard deviation of about 1."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(11)
+        module = PlainAttention(case.C, case.shape.H)
+        torch.nn.init.normal_(module.qkv.weight, std=case.C**-0.5)
+    return module.to(DTYPES[case.dtype])
+
+
+def slr_context(case: Case) -> zk.VideoContext:
+    """Return the context of the case's variant; "corrected" corrects from half of the steps on."""
+    options = zk.SLROptions(
+        frames="previous" if case.variant == "previous" else "neighbors",
+        window=WINDOW,
+        check="none",
+        correct=zk.CorrectionOptions(enabled=case.variant == "corrected"),
+    )
+    forward = flow(case)
+    return zk.VideoContext(forward, -forward, options=options)
+
+
+def slr_attention(case: Case) -> Workload:
+    """The whole layer, norm to residual, beside the spatial layer it replaces and SLR attention in eager PyTorch."""
+    generator = torch.Generator().manual_seed(20240701)
+    shape = (2, case.T, case.C, *case.shape.grid)
+    x, d_o = torch.randn(shape, generator=generator).to(DTYPES[case.dtype]).unbind(0)
+    module, context = slr_module(case), slr_context(case)
+    layer = zk.SLRAttention.from_attention(module, name="layer")
+    rows = context.table().long()
+    fixed = context.trajectories(case.shape.grid)
+    inputs = (x.clone().requires_grad_(case.direction != "fwd"), *module.parameters())
+    x = inputs[0]
+
+    def corrected() -> Tensor:
+        with context.step(1, 2):
+            return layer(x, context)
+
+    def attended(module: PlainAttention, x: Tensor, forward: Call) -> list[Tensor]:
+        x = x.detach().clone().requires_grad_()
+        if case.direction == "fwd":
+            with torch.no_grad():
+                return [forward(x)]
+        out = forward(x)
+        return [out.detach(), *torch.autograd.grad(out, (x, *module.parameters()), d_o.to(out.dtype))]
+
+    def check() -> None:
+        # Eager PyTorch, in float64 and in the tested dtype, follows the links that ours found.
+        trajectories = fixed
+        if case.variant == "corrected":
+            context.begin_step(1, 2)
+            with torch.no_grad():
+                tokens = layer.adapter.begin(x)[0][None]
+                trajectories = context.corrected("layer", case.shape.grid, tokens)
+        wide = copy.deepcopy(module).double()
+        got = attended(module, x, lambda x: layer(x, context))
+        oracle = attended(wide, x.double(), lambda x: peers.slr_layer(wide, x, rows, trajectories))
+        plain = attended(module, x, lambda x: peers.slr_layer(module, x, rows, trajectories))
+        context.reset()
+        names = ("out", "dx", *(f"d {name}" for name, _ in module.named_parameters()))
+        for what, value, o, e in zip(names, got, oracle, plain, strict=False):
+            testing.assert_within_budget(value, o, e, f"{case.name} {what}", gradient=what != "out")
+
+    forwards: dict[str, Call] = {
+        "ours": corrected if case.variant == "corrected" else lambda: layer(x, context),
+        "spatial_layer": lambda: module(x),
+        "eager_slr": lambda: peers.slr_layer(module, x, rows, fixed),
+    }
+    left_out = {}
+    if case.variant == "corrected":
+        del forwards["eager_slr"]
+        left_out["eager_slr"] = "it corrects no links"
+    counted = None
+    if case.direction == "fwd":
+        live = float(peers.live_rows(fixed)[1].sum())
+        counted = 4.0 * case.C * case.P**2 * int((rows >= 0).sum()) + 8.0 * case.T * case.P * case.C**2
+        counted += 20 * live * case.C
+    return Workload(_directed(case, forwards, inputs, d_o), check, counted, left_out=left_out)
+
+
 BUILD = {
     "cross_frame_attention": cross_frame_attention,
     "trajectory_attention": trajectory_attention,
     "chain_links": chain_links,
+    "slr_attention": slr_attention,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import pathlib
 import subprocess
@@ -108,6 +109,70 @@ def test_every_peer_computes_the_operator():
             torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("variant", ["neighbors", "previous"])
+def test_the_eager_layer_is_slr_attention_and_the_baseline_is_not(variant):
+    case = shapes.Case("slr_attention", "tiny", 4, "fp32", "fwd", 1, variant)
+    assert case.name == f"tiny-T4-fp32-fwd-{variant}-1t" and case.describe()["R"] == (1 if variant == "previous" else 2)
+    work = workload.slr_attention(case)
+    work.check()
+    module, context = workload.slr_module(case), workload.slr_context(case)
+    x = torch.randn(4, case.C, *case.shape.grid, generator=torch.Generator().manual_seed(3))
+    tokens = module.norm(x.flatten(2)).mT
+    q, k, v = module.qkv(tokens).unflatten(-1, (3, case.shape.H, case.shape.D))[None].unbind(3)
+    trajectories = context.trajectories(case.shape.grid)
+    assert trajectories.slots == 5 and context.table().shape[1] == case.describe()["R"]
+    y = workload.zk.slr_attention(q, k, v, context.table(), trajectories, backend="reference")
+    expected = x + module.proj(y[0].flatten(2)).mT.reshape(x.shape)
+    result = peers.slr_layer(module, x, context.table().long(), trajectories)
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(work.contestants["spatial_layer"](), work.contestants["ours"](), atol=1e-2)
+
+
+@pytest.mark.parametrize("direction", ["fwd", "step"])
+def test_a_wrong_layer_is_red(direction, monkeypatch):
+    original = workload.slr_context
+
+    def parallel(case: shapes.Case) -> workload.zk.VideoContext:
+        context = original(case)
+        context.configure(context.options.with_(combine="parallel", blend=0.9))
+        return context
+
+    monkeypatch.setattr(workload, "slr_context", parallel)
+    case = shapes.Case("slr_attention", "tiny", 3, "fp32", direction, 1, "neighbors")
+    with pytest.raises(AssertionError, match="exceeds the budget"):
+        workload.slr_attention(case).check()
+
+
+def test_the_corrected_layer_is_corrected():
+    case = shapes.Case("slr_attention", "tiny", 3, "fp32", "fwd", 1, "corrected")
+    work = workload.slr_attention(case)
+    work.check()
+    fixed = workload.slr_attention(dataclasses.replace(case, variant="neighbors"))
+    assert not torch.allclose(work.contestants["ours"](), fixed.contestants["ours"](), atol=1e-3)
+    assert "eager_slr" not in work.contestants and "corrects no links" in work.left_out["eager_slr"]
+
+
+class Pedantic:
+    """Stands in for pytest-benchmark's fixture."""
+
+    def __init__(self) -> None:
+        self.extra_info: dict[str, Any] = {}
+
+    def pedantic(self, function, setup, rounds, iterations) -> None:
+        for _ in range(rounds):
+            setup()
+            function()
+
+
+def test_a_baseline_is_timed_although_it_computes_something_else():
+    from bench import contest
+
+    case = shapes.Case("slr_attention", "tiny", 3, "fp32", "step", 1, "neighbors")
+    record = contest.run(case, Pedantic(), contest.Budget(0.05, 3, 3))
+    assert record["check"]["ok"] and set(record["contestants"]) == {"ours", "spatial_layer", "eager_slr"}
+    assert record["variant"] == "neighbors" and record["peak_extra_bytes"].keys() == record["contestants"].keys()
+
+
 def test_the_block_mask_is_the_frame_table():
     frames = workload.zk.neighbors(4)
     blocks = peers.frame_mask(frames.long(), 128, block=64).to_dense()[0, 0].bool()  # [8, 8]
@@ -131,6 +196,11 @@ def test_suites_hold_every_shape_of_the_targets():
             assert ("trajectory_attention", "adm-32", dtype, "fwd", threads) in found
         assert ("trajectory_attention", "adm-32", "fp32", "step", threads) in found
         assert ("chain_links", "adm-32", "fp32", "fwd", threads) in found
+    for level, T in (("adm-32", 16), ("adm-16", 16), ("adm-8", 16), ("sd-64", 8), ("sd-32", 16)):
+        for direction in ("fwd", "step"):
+            for variant in ("neighbors", "previous"):
+                case = shapes.Case("slr_attention", level, T, "fp32", direction, 2, variant)
+                assert case in shapes.cases("full", "slr_attention", 2)
     assert {c.T for op in shapes.FULL for n in (1, 2) for c in shapes.cases("full", op, n)} == {8, 16, 32}
 
 
@@ -199,6 +269,31 @@ def test_targets_read_the_result(result):
     result["runs"][0]["cases"][0]["of_fma_peak"] = entry(0.5)
     lines = {line.what: line for line in targets.lines(result)}
     assert not lines["share of the float32 FMA peak"].met
+
+
+def test_the_layer_is_held_to_the_one_it_replaces(result):
+    case = shapes.Case("slr_attention", "adm-32", 16, "fp32", "fwd", 1, "neighbors")
+    record = {
+        **case.describe(), "check": {"ok": True, "message": ""}, "flops": 1e11, "output_bytes": 1 << 25,
+        "contestants": {"ours": entry(0.5), "spatial_layer": entry(0.4, 0.8), "eager_slr": entry(2.0, 4.0)},
+        "peak_extra_bytes": {"ours": 130, "spatial_layer": 100, "eager_slr": 300},
+    }  # fmt: skip
+    result["runs"][0]["cases"] = [record]
+    lines = {line.what: line for line in targets.lines(result)}
+    assert set(lines) == {"spatial layer's time over ours", "peak extra memory over the spatial layer's"}
+    assert [(line.reached, line.met) for line in lines.values()] == [(0.8, False), (1.3, False)]
+    record["contestants"]["spatial_layer"], record["peak_extra_bytes"]["ours"] = entry(0.6, 1.2), 120
+    assert all(line.met for line in targets.lines(result))
+    # A baseline that is faster is a matter for the targets, a peer that is faster is a regression.
+    record["contestants"] |= {"spatial_layer": entry(0.4, 0.8), "eager_slr": entry(0.3, 0.6)}
+    assert [row[2] for row in report.regressions(result, None)] == ["eager_slr is faster"]
+    text = report.render(result)
+    assert "## slr_attention" in text and "spatial_layer 0.80" in text and "SHORT" in text
+    row = "| adm-32: 32x32, H=8, D=64, T=16 | neighbors | fwd | fp32 | 500.0 | 0.80x | 0.60x | 0.0 / 0.0 / 0.0 |"
+    assert row in report.readme(result) and "| operator |" not in report.readme(result)
+    for changes in ({"variant": "corrected"}, {"dtype": "bf16"}, {"grid": [16, 16]}):
+        result["runs"][0]["cases"] = [{**record, **changes}]
+        assert not targets.lines(result), changes
 
 
 def test_roofline_takes_the_slowest_resource(result):

@@ -251,8 +251,14 @@ def attend(
     q, k, v = (y.unflatten(0, plan.batch) for y in adapter.project(tokens))  # [B, T, P, H, D]
     trajectories = None
     if context is not None and plan.needs_trajectories:
-        features = _features(context, tokens, k, plan.prefix) if plan.uses_features else None
-        trajectories = _trajectories(context, name, plan.grid, x.device, features)
+        trajectories = _trajectories(
+            context,
+            name,
+            plan.grid,
+            x.device,
+            _features(context, tokens, k, plan.prefix) if plan.uses_features else None,
+        )
+    del tokens  # where nothing is saved for a backward, each del gives its memory to what follows
     y = slr_attention(
         q,
         k,
@@ -265,6 +271,7 @@ def attend(
         prefix=plan.prefix if trajectories is not None else 0,
         backend=plan.backend,
     )
+    del q, k, v
     return adapter.finish(y.flatten(0, 1), state)
 
 

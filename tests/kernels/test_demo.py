@@ -125,7 +125,12 @@ def test_a_run_from_a_video_file(tmp_path, capsys):
     assert len(video.read_clip(out / "before_after.mp4").frames) == 4
     sheet = video.read_clip(out / "contact_sheet.png").frames
     assert sheet.std() > 0.1 and sheet.shape[-1] > 5 * 48
-    assert sorted(p.name for p in out.iterdir()) == ["before_after.mp4", "contact_sheet.png", "metrics.json"]
+    assert sorted(p.name for p in out.iterdir()) == [
+        "before_after.mp4",
+        "contact_sheet.png",
+        "metrics.json",
+        "report.md",
+    ]
     before = (out / "metrics.json").read_bytes()
     assert main([str(source), str(out)]) == 1
     assert "--overwrite" in capsys.readouterr().err and (out / "metrics.json").read_bytes() == before
@@ -143,7 +148,7 @@ def test_a_degraded_clip_is_measured_against_its_reference(tmp_path, capsys):
         for n, picture in enumerate(video.to_bytes(frames)):
             Image.fromarray(picture).save(tmp_path / name / f"{n:02}.png")
     source, reference, out = (str(tmp_path / name) for name in ("noisy", "clean", "out"))
-    options = ["--reference", reference, "--sigma", "20", "--size", "48", "--no-timing"]
+    options = ["--reference", reference, "--sigma", "20", "--size", "48", "--no-timing", "--no-drift"]
     assert main([source, out, *options]) == 0
     assert "assumed noise 20/255" in capsys.readouterr().out
     record = json.loads((tmp_path / "out" / "metrics.json").read_text())
@@ -184,7 +189,7 @@ def test_a_run_that_fails_or_is_interrupted_changes_nothing(tmp_path, capsys, mo
 
         monkeypatch.setattr(report, "contact_sheet", stop)  # the video is written by then
         for folder in (out, tmp_path / "new"):
-            assert main([str(source), str(folder), "--overwrite", "--no-timing"]) == status
+            assert main([str(source), str(folder), "--overwrite", "--no-timing", "--no-drift"]) == status
         said = capsys.readouterr().err
         assert "nothing was overwritten" in said if status == 130 else "disk full" in said
         assert {p.name: p.read_text() for p in out.iterdir()} == {

@@ -132,3 +132,43 @@ def test_the_process_grows_by_the_output_only(op):
     # K and V are 4 MiB each; with 8 frames a gathered copy of either takes 32 MiB, as the reference shows.
     assert grown["cpu"] <= 2 * output, grown
     assert grown["reference"] > 6 * output, grown
+
+
+LAYER = """
+    import torch
+    import zsvr_kernels as zk
+
+    def status(name):
+        with open("/proc/self/status") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))
+
+    torch.set_num_threads(2)
+    T, Hg, Wg, C = 8, 32, 32, 512
+    layer = zk.SLRAttention(C, 8)
+    x = torch.randn(T, C, Hg, Wg)
+    flow = torch.zeros(1, T - 1, 2, Hg, Wg) + 0.25
+    context = zk.VideoContext(flow, -flow, options=zk.SLROptions(window=2))
+    context.trajectories((Hg, Wg))  # built once for all layers and steps
+    given = context if {with_context} else None
+    with torch.no_grad():
+        layer(x[:, :, :4, :4].contiguous(), given)
+        with open("/proc/self/clear_refs", "w") as reset:
+            reset.write("5")
+        before = status("VmRSS")
+        out = layer(x, given) if given else layer.attention(x)
+    print(status("VmHWM") - before, out.nbytes)
+"""
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/clear_refs").exists(), reason="needs Linux's peak-memory counter")
+@pytest.mark.skipif(not _native.is_available(), reason="the native module is not built")
+def test_the_layer_takes_no_more_than_the_spatial_one():
+    grown = {}
+    for with_context in (True, False):
+        code = textwrap.dedent(LAYER).replace("{with_context}", str(with_context))
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        grown[with_context], output = map(int, done.stdout.split())
+    # q, k and v are three outputs, both attentions' results two more; kernels need a little for themselves.
+    assert grown[True] <= 5.5 * output, grown
+    assert grown[True] <= 1.2 * grown[False], grown

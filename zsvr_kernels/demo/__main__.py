@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 import zsvr_kernels as zk
-from zsvr_kernels.backends import OPERATORS, Call, choose
+from zsvr_kernels.backends import Call, choose
 from zsvr_kernels.demo import denoise as method
-from zsvr_kernels.demo import metrics
+from zsvr_kernels.demo import drift, metrics
 from zsvr_kernels.demo.clip import Clip, add_noise, bundled_clip
 
 EPILOG = """examples:
@@ -32,7 +32,8 @@ EPILOG = """examples:
   python -m zsvr_kernels.demo --sweep                       search each method's best bandwidth
 """
 
-OUTPUTS = ("before_after.mp4", "contact_sheet.png", "metrics.json")
+OUTPUTS = ("before_after.mp4", "contact_sheet.png", "metrics.json", "report.md")
+OPERATIONS = ("cross_frame_attention", "trajectory_attention", "chain_links")  # that denoising consists of
 LABELS = {
     "noisy": "noisy",
     "spatial": "per-frame attention",
@@ -60,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
     add("--backend", default="auto", help="auto, cpu or reference, for all three operators (default auto)")
     add("--overwrite", action="store_true", help="replace an earlier result in OUT")
     add("--no-timing", action="store_true", help="do not time the operators")
+    add("--no-drift", action="store_true", help="do not measure how features of a U-Net drift")
     add("--sweep", action="store_true", help="search the bandwidths on the input and print a table")
     return result
 
@@ -111,7 +113,7 @@ def time_operators(noisy: Tensor) -> list[list[str]]:
     for call, _ in operator_calls(small, "reference").values():
         call()
     for turn in range(4):
-        for name in OPERATORS:
+        for name in OPERATIONS:
             for backend, calls in runs.items():
                 if backend == "reference" and turn != 1:
                     continue
@@ -123,7 +125,7 @@ def time_operators(noisy: Tensor) -> list[list[str]]:
                 if turn > 0:
                     times.setdefault((name, backend), []).append(1e3 * (time.perf_counter() - start))
     rows = []
-    for op in OPERATORS:
+    for op in OPERATIONS:
         medians = {b: statistics.median(t) for (o, b), t in times.items() if o == op}
         for backend, value in medians.items():
             rows.append([op, backend, f"{value:.2f}", f"{medians['reference'] / value:.1f}x"])
@@ -161,7 +163,7 @@ def check(arguments: argparse.Namespace) -> tuple[pathlib.Path | None, pathlib.P
         value = getattr(arguments, name)
         if value is not None and value < least:
             raise ValueError(f"--{name} must be at least {least}, got {value}")
-    for op in OPERATORS:
+    for op in OPERATIONS:
         choose(arguments.backend, Call(op, "cpu", torch.float32, None if op == "chain_links" else method.DIM))
     source = pathlib.Path(arguments.paths[0]) if len(arguments.paths) == 2 else None
     out = pathlib.Path(arguments.paths[-1] if arguments.paths else "demo_out")
@@ -205,7 +207,8 @@ def run(arguments: argparse.Namespace) -> int:
     sigma, has_truth = arguments.sigma / 255, bool(arguments.reference) or not arguments.already_noisy
     T, _, H, W = noisy.shape
     kind = "assumed noise" if noisy is clip.frames or arguments.reference else "added noise"
-    sys.stdout.write(f"{source or 'bundled sequence'}: {T} frames of {W}x{H}, {kind} {arguments.sigma:g}/255\n\n")
+    title = f"{source or 'bundled sequence'}: {T} frames of {W}x{H}, {kind} {arguments.sigma:g}/255\n"
+    sys.stdout.write(f"{title}\n")
     if clip.flow_forward is not None and clip.flow_backward is not None:
         flows, flow_name = (clip.flow_forward, clip.flow_backward), "exact"
     elif has_truth:
@@ -237,7 +240,8 @@ def run(arguments: argparse.Namespace) -> int:
         cells = [f"{found['psnr']:.2f}", f"{found['ssim']:.3f}"] if has_truth else []
         rows.append([LABELS[name], *cells, f"{found['we']:.3f}", f"{seconds[name]:.1f}"])
     quality = report.table(header, rows)
-    sys.stdout.write(f"\n{quality}\n\nWE: warping error along flow ({flow_name}); lower is steadier.\n\n")
+    parts = [f"{quality}\n\nWE: warping error along flow ({flow_name}); lower is steadier.\n"]
+    sys.stdout.write(f"\n{parts[-1]}\n")
     record: dict[str, Any] = {
         "clip": str(source or "bundled"),
         "reference": arguments.reference,
@@ -250,15 +254,21 @@ def run(arguments: argparse.Namespace) -> int:
         "seconds": seconds,
         "build": dict(zk.build_info()),
     }
+    if not arguments.no_drift and T > 1:
+        seen = clip.frames if has_truth else columns["both"]
+        record["drift"] = drift.measure(clip, noisy, seen, arguments.backend)
+        parts.append(drift.text(record["drift"], flow_name))
+        sys.stdout.write(f"{parts[-1]}\n")
     crop = noisy[:8, :, :48, :48]
     if not arguments.no_timing and min(H, W) >= 48:
         record["operators"] = time_operators(crop)
-        sys.stdout.write(
+        parts.append(
             f"Operators on a 48x48 crop of {len(crop)} frame{'s' if len(crop) > 1 else ''}, head dim {method.DIM}, "
             "forward, milliseconds:\nmedian of 3 calls in turn after one to warm up; reference: one call.\n\n"
             + report.table(["operator", "backend", "ms", "vs reference"], record["operators"])
-            + "\n\n"
+            + "\n"
         )
+        sys.stdout.write(f"{parts[-1]}\n")
     for op, (_, inputs) in operator_calls(crop[..., :16, :16]).items():
         zk.explain(op, *inputs)
     with video.results(out) as folder:
@@ -266,6 +276,7 @@ def run(arguments: argparse.Namespace) -> int:
         video.write_video(folder / OUTPUTS[0], report.side_by_side(pair), clip.fps)
         report.contact_sheet(folder / OUTPUTS[1], titled, notes, row=int(0.55 * H))
         (folder / OUTPUTS[2]).write_text(json.dumps(record, indent=1) + "\n")
+        (folder / OUTPUTS[3]).write_text("\n".join([title, *parts]))
     sys.stdout.write(f"\nlook at {out / 'contact_sheet.png'} and {out / 'before_after.mp4'}\n")
     return 0
 
