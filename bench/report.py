@@ -12,7 +12,7 @@ import subprocess
 from collections.abc import Iterator
 from typing import Any
 
-from bench import targets
+from bench import shapes, targets
 from bench.contest import VARIANTS
 
 WORSE = 1.10  # slower than the previous result by this factor counts as a regression
@@ -83,8 +83,10 @@ def roofline(record: Record, ceilings: dict[str, float | None]) -> tuple[float, 
     """
     if record["direction"] != "fwd" or not record.get("flops"):
         return None
-    wide = record["dtype"] == "bf16" and record["op"] == "cross_frame_attention"
-    units = ("tile_bf16", "dot_bf16", "fma_fp32") if wide else ("fma_fp32",)
+    units: tuple[str, ...] = ("fma_fp32",)
+    if record["dtype"] == "bf16":
+        wide = {"cross_frame_attention": ("tile_bf16", "dot_bf16"), "correspondence_search": ("dot_bf16",)}
+        units = (*wide.get(record["op"], ()), "fma_fp32")
     unit = max(units, key=lambda name: ceilings.get(name) or 0.0)
     terms = [("flops", unit), ("gathered_bytes", "read_l1"), ("memory_traffic_bytes", "read_dram")]
     times = [
@@ -173,7 +175,7 @@ def render(result: Result, before: Result | None = None) -> str:
         "## Ceilings, GFLOP/s and GB/s\n",
         _ceilings(result),
     ]
-    for op in ("cross_frame_attention", "trajectory_attention", "chain_links"):
+    for op in shapes.FULL:
         header = ["case", "allocator", "ms p20 / p50 / p80", "rate", "roofline", "ratios", "peak extra MB"]
         parts += [f"## {op}\n", table(header, list(_case_rows(result, op)))]
     missing = [

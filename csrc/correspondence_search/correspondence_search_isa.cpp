@@ -134,38 +134,44 @@ ZSVR_INLINE void dot_tile(const Scalar* const (&query)[kQueries],
                           const Scalar* const (&row)[kQueries], const int64_t* column, int64_t C,
                           Vec (&dots)[kVecs<kCells>]) {
   using Lane = Channels<Scalar>;
-  Vec sum[kVecs<kCells> * kWidth] = {};
-  const auto add = [&](int64_t c, const auto& read) __attribute__((always_inline)) {
-    typename Lane::Data q[kQueries];
-#pragma GCC unroll 4
-    for (int n = 0; n < kQueries; ++n) q[n] = read(query[n] + c);
-#pragma GCC unroll 6
-    for (int j = 0; j < kCells; ++j) {
-      typename Lane::Data x;
-      if constexpr (kShared) x = read(row[0] + column[j] + c);
-#pragma GCC unroll 4
-      for (int n = 0; n < kQueries; ++n) {
-        if (!is_needed<kCells, kSkips>(j, n)) continue;
-        if constexpr (!kShared) x = read(row[n] + column[j] + c);
-        sum[j * kQueries + n] = Lane::add_product(x, q[n], sum[j * kQueries + n]);
-      }
-    }
-  };
-  int64_t c = 0;
-  for (; c + Lane::kLanes <= C; c += Lane::kLanes) {
-    add(c, [](const Scalar* x) __attribute__((always_inline)) { return Lane::whole(x); });
-  }
-  if (c < C) {
-    const int count = static_cast<int>(C - c);
-    add(c,
-        [count](const Scalar* x) __attribute__((always_inline)) { return Lane::first(x, count); });
-  }
-  constexpr int kWhole = kCells / kCellsOfVec, kRest = kCells % kCellsOfVec;
 #pragma GCC unroll 2
-  for (int v = 0; v < kWhole; ++v) dots[v] = sum_lanes<kWidth>(sum + v * kWidth);
-  if constexpr (kRest > 0) {
-    static_assert(kRest == 1 || kRest == 2);
-    dots[kWhole] = sum_lanes<kRest * kQueries>(sum + kWhole * kWidth);
+  for (int v = 0; v < kVecs<kCells>; ++v) dots[v] = zero();
+  for (int64_t begin = 0; begin < C; begin += kChain<Scalar>) {
+    Vec sum[kCells * kQueries] = {};
+    const auto add = [&](int64_t c, const auto& read) __attribute__((always_inline)) {
+      typename Lane::Data q[kQueries];
+#pragma GCC unroll 4
+      for (int n = 0; n < kQueries; ++n) q[n] = read(query[n] + c);
+#pragma GCC unroll 6
+      for (int j = 0; j < kCells; ++j) {
+        typename Lane::Data x;
+        if constexpr (kShared) x = read(row[0] + column[j] + c);
+#pragma GCC unroll 4
+        for (int n = 0; n < kQueries; ++n) {
+          if (!is_needed<kCells, kSkips>(j, n)) continue;
+          if constexpr (!kShared) x = read(row[n] + column[j] + c);
+          sum[j * kQueries + n] = Lane::add_product(x, q[n], sum[j * kQueries + n]);
+        }
+      }
+    };
+    const int64_t end = least(C, begin + kChain<Scalar>);
+    int64_t c = begin;
+    for (; c + Lane::kLanes <= end; c += Lane::kLanes) {
+      add(c, [](const Scalar* x) __attribute__((always_inline)) { return Lane::whole(x); });
+    }
+    if (c < end) {
+      const int count = static_cast<int>(end - c);
+      add(c, [count](const Scalar* x) __attribute__((always_inline)) {
+        return Lane::first(x, count);
+      });
+    }
+    constexpr int kWhole = kCells / kCellsOfVec, kRest = kCells % kCellsOfVec;
+#pragma GCC unroll 2
+    for (int v = 0; v < kWhole; ++v) dots[v] = dots[v] + sum_lanes<kWidth>(sum + v * kWidth);
+    if constexpr (kRest > 0) {
+      static_assert(kRest == 1 || kRest == 2);
+      dots[kWhole] = dots[kWhole] + sum_lanes<kRest * kQueries>(sum + kWhole * kWidth);
+    }
   }
 }
 
@@ -430,25 +436,32 @@ ZSVR_INLINE void add_sample(const Scalar* source, const Scalar* const* row, cons
   Vec weight[kCorners];
 #pragma GCC unroll 4
   for (int k = 0; k < kCorners; ++k) weight[k] = broadcast(weights[k]);
-  Vec products = zero(), squares = zero();
-  const auto add = [&](int64_t c, const auto& read) __attribute__((always_inline)) {
-    Vec x = read(row[0] + c) * weight[0];
+  Vec dots = zero(), lengths = zero();
+  for (int64_t begin = 0; begin < C; begin += kChain<Scalar>) {
+    Vec products = zero(), squares = zero();
+    const auto add = [&](int64_t c, const auto& read) __attribute__((always_inline)) {
+      Vec x = read(row[0] + c) * weight[0];
 #pragma GCC unroll 4
-    for (int k = 1; k < kCorners; ++k) x = fma(read(row[k] + c), weight[k], x);
-    products = fma(x, read(source + c), products);
-    squares = fma(x, x, squares);
-  };
-  int64_t c = 0;
-  for (; c + kWidth <= C; c += kWidth) {
-    add(c, [](const Scalar* x) __attribute__((always_inline)) { return load(x); });
+      for (int k = 1; k < kCorners; ++k) x = fma(read(row[k] + c), weight[k], x);
+      products = fma(x, read(source + c), products);
+      squares = fma(x, x, squares);
+    };
+    const int64_t end = least(C, begin + kChain<Scalar>);
+    int64_t c = begin;
+    for (; c + kWidth <= end; c += kWidth) {
+      add(c, [](const Scalar* x) __attribute__((always_inline)) { return load(x); });
+    }
+    if (c < end) {
+      const int count = static_cast<int>(end - c);
+      add(c, [count](const Scalar* x) __attribute__((always_inline)) {
+        return widen_first(x, count);
+      });
+    }
+    dots = dots + products;
+    lengths = lengths + squares;
   }
-  if (c < C) {
-    const int count = static_cast<int>(C - c);
-    add(c,
-        [count](const Scalar* x) __attribute__((always_inline)) { return widen_first(x, count); });
-  }
-  *dot = products;
-  *square = squares;
+  *dot = dots;
+  *square = lengths;
 }
 
 template <class Scalar>

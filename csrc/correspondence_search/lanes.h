@@ -53,6 +53,10 @@ struct Channels<BFloat16> {
 };
 #endif
 
+// Channels of one chain of sums; longer tokens are sums of chains, so that rounding does not grow with C.
+template <class Scalar>
+inline constexpr int64_t kChain = 32 * Channels<Scalar>::kLanes;
+
 // ---- sums over lanes ----------------------------------------------------------------------------
 
 // merge_add of simd.h with one shuffle instead of two: lanes with bit kStep come from b, the others from a, each with
@@ -121,23 +125,28 @@ ZSVR_INLINE Vec length_of(Vec squares) {
 template <int kRows, class Scalar>
 ZSVR_INLINE Vec squares_of(const Scalar* const (&row)[kRows], int64_t C) {
   using Lane = Channels<Scalar>;
-  Vec sum[kRows] = {};
-  int64_t c = 0;
-  for (; c + Lane::kLanes <= C; c += Lane::kLanes) {
+  Vec total = zero();
+  for (int64_t begin = 0; begin < C; begin += kChain<Scalar>) {
+    Vec sum[kRows] = {};
+    const int64_t end = C - begin < kChain<Scalar> ? C : begin + kChain<Scalar>;
+    int64_t c = begin;
+    for (; c + Lane::kLanes <= end; c += Lane::kLanes) {
 #pragma GCC unroll 16
-    for (int n = 0; n < kRows; ++n) {
-      const auto x = Lane::whole(row[n] + c);
-      sum[n] = Lane::add_product(x, x, sum[n]);
+      for (int n = 0; n < kRows; ++n) {
+        const auto x = Lane::whole(row[n] + c);
+        sum[n] = Lane::add_product(x, x, sum[n]);
+      }
     }
-  }
-  if (c < C) {
+    if (c < end) {
 #pragma GCC unroll 16
-    for (int n = 0; n < kRows; ++n) {
-      const auto x = Lane::first(row[n] + c, static_cast<int>(C - c));
-      sum[n] = Lane::add_product(x, x, sum[n]);
+      for (int n = 0; n < kRows; ++n) {
+        const auto x = Lane::first(row[n] + c, static_cast<int>(end - c));
+        sum[n] = Lane::add_product(x, x, sum[n]);
+      }
     }
+    total = total + sum_lanes<kRows>(sum);
   }
-  return sum_lanes<kRows>(sum);
+  return total;
 }
 
 }  // namespace ZSVR_ISA

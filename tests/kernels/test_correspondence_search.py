@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 
 import zsvr_kernels as zk
 from zsvr_kernels import _native, options, testing
 from zsvr_kernels.ops.correspondence_search import correspondence_search_reference, link_score_reference
-from zsvr_kernels.sampling import bilinear_sample, nearest_site, sites
+from zsvr_kernels.sampling import bilinear_sample, is_inside, nearest_site, sites
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 INT32 = torch.iinfo(torch.int32)
@@ -37,7 +39,7 @@ def random_features(N, P, C, dtype, generator):
     return torch.where(copied, f_dst + 0.2 * f_src, f_src).to(dtype), f_dst.to(dtype)
 
 
-def cosines(f_src, f_dst, tokens=None):
+def cosines(f_src, f_dst):
     """Return the definition's cosines ``[N, P, M]`` of every source token with ``f_dst [N, M, C]``."""
     lengths = [torch.linalg.vector_norm(x, dim=-1).clamp(min=1e-6) for x in (f_src, f_dst)]
     return (f_src[:, :, None] * f_dst[:, None]).sum(-1) / (lengths[0][:, :, None] * lengths[1][:, None])
@@ -343,7 +345,7 @@ def test_corrupted_links_return_to_the_truth(error, generator):
     corrected, _ = zk.correct_links(links, features[None], k=9, K=10, options=options.CorrectionOptions())
     limit = torch.tensor((grid[1], grid[0]))
     for name, there in truth.items():
-        inside = ((there >= 0) & (there < limit)).all(-1) & zk.links.is_inside(there + wrong, grid)
+        inside = ((there >= 0) & (there < limit)).all(-1) & is_inside(there + wrong, grid)
         got = getattr(corrected, name)[0]
         right = (got == there).all(-1)[:, inside]
         assert right.float().mean() >= 0.99
@@ -426,8 +428,6 @@ def test_the_ops_check_again_what_reaches_native_code(generator):
 
 @native_only
 def test_the_workspace_is_what_the_readme_says(generator):
-    from unittest import mock
-
     f, asked = torch.randn(3, 20, 8, generator=generator), []
     original = _native.workspace
     with mock.patch.object(_native, "workspace", lambda size: asked.append(size) or original(size)):
