@@ -96,7 +96,7 @@ def features(frames: Tensor, grid: Grid) -> Tensor:
     patches = F.unfold(padded, 3 * SAMPLES, stride=SAMPLES).mT  # [T, P, 3 * 144]
     colours = patches.unflatten(-1, (3, -1))
     colours = colours - colours.mean(-1, keepdim=True)
-    return colours.flatten(-2)[None]
+    return colours.flatten(-2)[None].contiguous()
 
 
 def smooth_noise(shape: tuple[int, int], std: float, generator: torch.Generator) -> Tensor:

@@ -163,6 +163,8 @@ def correct_links(
         return links, None
     is_search_due = options.similarity and (k - first) % options.search_every == 0
     features = features.detach()
+    if features.stride(3) != 1:  # a channels-first layer's tokens
+        features = features.contiguous()
     source, target = (x.reshape(B * pairs, P, -1) for x in (features[:, :-1], features[:, 1:]))
     new, kept = {}, {}
     for name, f_src, f_dst in (("forward", source, target), ("backward", target, source)):

@@ -8,8 +8,8 @@
 //            lanes; a transposing sum leaves one dot product a lane, cell-major, where lanes then compete.
 // Traffic:   f_src once; f_dst once for its lengths and, from the caches, once per pair of grid rows and row of the window.
 //            Frame pairs are taken in groups that fit the last-level cache between the two passes.
-// Numerics:  float32 sums in one chain per lane and a fixed tree over lanes, the same on every path, so a cosine does not
-//            depend on what it was computed beside. bf16 from avx512_bf16 on: products in pairs (vdpbf16ps).
+// Numerics:  float32 sums in chains of 32 steps a lane and a fixed tree over lanes, the same on every path, so a cosine
+//            does not depend on what it was computed beside. bf16 from avx512_bf16 on: products in pairs (vdpbf16ps).
 #include "correspondence_search/correspondence_search.h"
 #include "correspondence_search/lanes.h"
 #include "trajectory_attention/cell.h"

@@ -352,6 +352,16 @@ def test_corrupted_links_return_to_the_truth(error, generator):
         assert not (corrupted[0][0, :, inside] == there[inside]).all(-1).any()
 
 
+def test_features_of_any_strides_correct_links(generator):
+    grid = (4, 6)
+    features = torch.randn(1, 3, 10, 24, generator=generator).mT  # channels first in memory
+    where = (sites(grid) + torch.randn(2, 1, 2, 24, 2, generator=generator)).unbind(0)
+    valid = torch.ones(1, 2, 24, dtype=torch.bool)
+    links = zk.Links.from_positions(*where, valid, valid, grid)
+    got, expected = (zk.correct_links(links, x, k=9, K=10)[0] for x in (features, features.contiguous()))
+    assert torch.equal(got.forward, expected.forward) and not torch.equal(got.forward, links.forward)
+
+
 # ---- torch's machinery and refusals ----
 
 
