@@ -161,9 +161,8 @@ ZSVR_INLINE void dot_tile(const Scalar* const (&query)[kQueries],
     }
     if (c < end) {
       const int count = static_cast<int>(end - c);
-      add(c, [count](const Scalar* x) __attribute__((always_inline)) {
-        return Lane::first(x, count);
-      });
+      add(c, [count](const Scalar* x)
+                 __attribute__((always_inline)) { return Lane::first(x, count); });
     }
     constexpr int kWhole = kCells / kCellsOfVec, kRest = kCells % kCellsOfVec;
 #pragma GCC unroll 2
@@ -401,8 +400,10 @@ void invert_lengths(const Search& p, int64_t n, int64_t begin, int64_t end) {
   float* inverse = static_cast<float*>(p.workspace) + n * p.Hg * p.Wg;
   for (int64_t site = begin; site < end; site += kWidth) {
     const int count = static_cast<int>(least(kWidth, end - site));
-    const Scalar* row[kWidth];
-    for (int i = 0; i < kWidth; ++i) row[i] = p.f_dst.at<Scalar>(n, site + least(i, count - 1));
+    const Scalar* row[kWidth / kRows][kRows];
+    for (int i = 0; i < kWidth; ++i) {
+      row[i / kRows][i % kRows] = p.f_dst.at<Scalar>(n, site + least(i, count - 1));
+    }
     store_first(inverse + site, broadcast(1.0f) / length_of(squares_of(row, p.C)), count);
   }
 }
@@ -453,9 +454,8 @@ ZSVR_INLINE void add_sample(const Scalar* source, const Scalar* const* row, cons
     }
     if (c < end) {
       const int count = static_cast<int>(end - c);
-      add(c, [count](const Scalar* x) __attribute__((always_inline)) {
-        return widen_first(x, count);
-      });
+      add(c, [count](const Scalar* x)
+                 __attribute__((always_inline)) { return widen_first(x, count); });
     }
     dots = dots + products;
     lengths = lengths + squares;

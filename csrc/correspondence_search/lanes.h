@@ -121,9 +121,11 @@ ZSVR_INLINE Vec length_of(Vec squares) {
   return max(broadcast(kSmallestLength), root);
 }
 
-// Lane n holds |row[n % kRows]|^2.
-template <int kRows, class Scalar>
-ZSVR_INLINE Vec squares_of(const Scalar* const (&row)[kRows], int64_t C) {
+inline constexpr int kRows = 4;  // read side by side: streams that the hardware foresees
+
+// Lane n holds a part of |row[n % 4]|^2.
+template <class Scalar>
+ZSVR_INLINE Vec parts_of_squares(const Scalar* const (&row)[kRows], int64_t C) {
   using Lane = Channels<Scalar>;
   Vec total = zero();
   for (int64_t begin = 0; begin < C; begin += kChain<Scalar>) {
@@ -131,22 +133,46 @@ ZSVR_INLINE Vec squares_of(const Scalar* const (&row)[kRows], int64_t C) {
     const int64_t end = C - begin < kChain<Scalar> ? C : begin + kChain<Scalar>;
     int64_t c = begin;
     for (; c + Lane::kLanes <= end; c += Lane::kLanes) {
-#pragma GCC unroll 16
+#pragma GCC unroll 4
       for (int n = 0; n < kRows; ++n) {
         const auto x = Lane::whole(row[n] + c);
         sum[n] = Lane::add_product(x, x, sum[n]);
       }
     }
     if (c < end) {
-#pragma GCC unroll 16
+#pragma GCC unroll 4
       for (int n = 0; n < kRows; ++n) {
         const auto x = Lane::first(row[n] + c, static_cast<int>(end - c));
         sum[n] = Lane::add_product(x, x, sum[n]);
       }
     }
-    total = total + sum_lanes<kRows>(sum);
+    total = total + merge_tree<kRows>(sum);
   }
   return total;
+}
+
+// Lane n holds |row[n % 4]|^2.
+template <class Scalar>
+ZSVR_INLINE Vec squares_of(const Scalar* const (&row)[kRows], int64_t C) {
+  Vec sum = parts_of_squares(row, C);
+  if constexpr (kWidth > 4) sum = pair_add<4>(sum, sum);
+  if constexpr (kWidth > 8) sum = pair_add<8>(sum, sum);
+  return sum;
+}
+
+// Lane n holds |row[n]|^2.
+template <class Scalar>
+ZSVR_INLINE Vec squares_of(const Scalar* const (&row)[kWidth / kRows][kRows], int64_t C) {
+  Vec part[kWidth / kRows];
+#pragma GCC unroll 4
+  for (int n = 0; n < kWidth / kRows; ++n) part[n] = parts_of_squares(row[n], C);
+#if ZSVR_ISA_LEVEL >= 2
+  return pair_add<8>(pair_add<4>(part[0], part[1]), pair_add<4>(part[2], part[3]));
+#elif ZSVR_ISA_LEVEL == 1
+  return pair_add<4>(part[0], part[1]);
+#else
+  return part[0];
+#endif
 }
 
 }  // namespace ZSVR_ISA
