@@ -74,7 +74,7 @@ def run(case: Case, benchmark: Any, budget: Budget) -> dict[str, Any]:
     del expected
 
     rates: list[float] = []
-    if work.flops is not None and case.op == "cross_frame_attention":
+    if work.flops is not None and case.op in ("cross_frame_attention", "correspondence_search"):
         try:
             arithmetic = probes.Arithmetic("fma_fp32")
             running["probe"] = lambda: rates.append(arithmetic())

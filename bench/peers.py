@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from zsvr_kernels.ops.correspondence_search.reference import correspondence_search_reference, link_score_reference
 from zsvr_kernels.plain import PlainAttention
 from zsvr_kernels.trajectories import Trajectories
 
@@ -218,3 +219,73 @@ def slr_layer(module: PlainAttention, x: Tensor, rows: Tensor, trajectories: Tra
     short = sdpa_on_concat(q, k, v, rows)
     y = module.proj(corner_attention(q, k, short, *live_rows(trajectories))[0].flatten(2))
     return x + y.mT.reshape(x.shape)
+
+
+# ---- correspondence search ----
+
+
+def normalised(x: Tensor) -> Tensor:
+    return x.float() / torch.linalg.vector_norm(x.float(), dim=-1, keepdim=True).clamp(min=1e-6)
+
+
+def unfold_search(
+    f_src: Tensor, f_dst: Tensor, centre: Tensor, grid: tuple[int, int], radius: int
+) -> tuple[Tensor, Tensor]:
+    """Search by `unfold`: the window of every site, then of every centre; ``centre`` int64 inside the grid."""
+    Hg, Wg = grid
+    N, P, C = f_src.shape
+    side = 2 * radius + 1
+    images = normalised(f_dst).mT.reshape(N, C, Hg, Wg)
+    windows = F.unfold(images, side, padding=radius).reshape(N, C, side**2, P)
+    there = F.unfold(torch.ones(1, 1, Hg, Wg), side, padding=radius) > 0  # [1, side^2, P]
+    index = centre[..., 1] * Wg + centre[..., 0]  # [N, P]
+    windows = windows.gather(3, index[:, None, None].expand(-1, C, side**2, -1))
+    cosines = (normalised(f_src).mT[:, :, None] * windows).sum(1)  # [N, side^2, P]
+    inside = there.expand(N, -1, -1).gather(2, index[:, None].expand(-1, side**2, -1))
+    score, best = cosines.masked_fill(~inside, float("-inf")).max(1)
+    return index + (best // side - radius) * Wg + best % side - radius, score
+
+
+def matmul_search(
+    f_src: Tensor, f_dst: Tensor, centre: Tensor, grid: tuple[int, int], radius: int
+) -> tuple[Tensor, Tensor]:
+    """Search in the full correlation of both frames, masked to the windows; ``centre`` int64 inside the grid."""
+    Hg, Wg = grid
+    correlation = normalised(f_src) @ normalised(f_dst).mT  # [N, P, P]
+    near_x = (torch.arange(Wg) - centre[..., :1]).abs() <= radius  # [N, P, Wg]
+    near_y = (torch.arange(Hg) - centre[..., 1:]).abs() <= radius
+    window = (near_y[..., :, None] & near_x[..., None, :]).flatten(2)
+    score, site = correlation.masked_fill(~window, float("-inf")).max(2)
+    return site, score
+
+
+def correspondence_search(
+    f_src: Tensor,  # [N, P, C]
+    f_dst: Tensor,
+    centre: Tensor,  # int32 [N, P, 2], inside the grid
+    grid: tuple[int, int],
+    radius: int,
+) -> dict[str, Peer | str]:
+    """Return the peers by name; a string instead of a peer says why there is none."""
+    N, P, C = f_src.shape
+    at = centre.long()
+    fast = torch.compile(correspondence_search_reference, fullgraph=True, dynamic=False)
+    peers: dict[str, Peer | str] = {
+        "eager_unfold": lambda: unfold_search(f_src, f_dst, at, grid, radius),
+        "bmm": lambda: matmul_search(f_src, f_dst, at, grid, radius),
+        "eager": lambda: correspondence_search_reference(f_src, f_dst, centre, grid, radius),
+        "compiled": lambda: fast(f_src, f_dst, centre, grid, radius),
+    }
+    for name, size in (("eager_unfold", N * C * (2 * radius + 1) ** 2 * P * 4), ("bmm", N * P * P * 4)):
+        if size > EAGER_BYTES:
+            peers[name] = f"its largest tensor takes {size / 2**30:.0f} GiB"
+    return peers
+
+
+def link_score(f_src: Tensor, f_dst: Tensor, positions: Tensor, grid: tuple[int, int]) -> dict[str, Peer | str]:
+    """Return the peers by name."""
+    fast = torch.compile(link_score_reference, fullgraph=True, dynamic=False)
+    return {
+        "eager": lambda: link_score_reference(f_src, f_dst, positions, grid),
+        "compiled": lambda: fast(f_src, f_dst, positions, grid),
+    }

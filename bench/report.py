@@ -83,8 +83,11 @@ def roofline(record: Record, ceilings: dict[str, float | None]) -> tuple[float, 
     """
     if record["direction"] != "fwd" or not record.get("flops"):
         return None
-    wide = record["dtype"] == "bf16" and record["op"] != "trajectory_attention"
-    units = ("tile_bf16", "dot_bf16", "fma_fp32") if wide else ("fma_fp32",)
+    units: tuple[str, ...] = ("fma_fp32",)
+    if record["dtype"] == "bf16":
+        tiles = {"tile_bf16", "dot_bf16"}
+        wide = {"cross_frame_attention": tiles, "slr_attention": tiles, "correspondence_search": {"dot_bf16"}}
+        units = (*sorted(wide.get(record["op"], ())), "fma_fp32")
     unit = max(units, key=lambda name: ceilings.get(name) or 0.0)
     terms = [("flops", unit), ("gathered_bytes", "read_l1"), ("memory_traffic_bytes", "read_dram")]
     times = [

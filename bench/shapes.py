@@ -17,9 +17,11 @@ class Level:
     grid: tuple[int, int]
     H: int
     D: int
+    radius: int = 2  # of correspondence search's window
 
 
-# ADM at 256x256 (guided diffusion), Stable Diffusion 1.x at 512x512. "adm-8-half" has half of ADM's heads.
+# ADM at 256x256 (guided diffusion), Stable Diffusion 1.x at 512x512. "adm-8-half" has half of ADM's heads,
+# "narrow-32" tokens of 64 channels, and "-r4" the wider search window.
 LEVELS = {
     "adm-32": Level((32, 32), 8, 64),
     "adm-16": Level((16, 16), 16, 64),
@@ -28,8 +30,11 @@ LEVELS = {
     "sd-64": Level((64, 64), 8, 40),
     "sd-32": Level((32, 32), 8, 80),
     "sd-16": Level((16, 16), 8, 160),
+    "narrow-32": Level((32, 32), 1, 64),
+    "narrow-32-r4": Level((32, 32), 1, 64, radius=4),
     "tiny": Level((8, 8), 2, 16),
 }
+SEARCHES = ("correspondence_search", "link_score")  # on T - 1 pairs of adjacent frames
 WINDOW = 2  # frames on either side that trajectories reach, so L = 5
 
 
@@ -71,7 +76,9 @@ class Case:
         """Return the fields that identify the case in a result file."""
         fields = dataclasses.asdict(self)
         fields.update(name=self.name, grid=list(self.shape.grid), H=self.shape.H, D=self.shape.D)
-        if self.op != "cross_frame_attention":
+        if self.op in SEARCHES:
+            fields["radius"] = self.shape.radius
+        elif self.op != "cross_frame_attention":
             fields["L"] = 2 * WINDOW + 1
         if self.op == "slr_attention":
             fields["R"] = 1 if self.variant == "previous" else 2
@@ -130,11 +137,26 @@ _SLR = [
     ("adm-32", 16, "bf16", "fwd", (2,), "neighbors"),
     ("adm-32", 16, "fp32", "fwd", (2,), "corrected"),
 ]  # fmt: skip
+_SEARCH = [
+    ("narrow-32", 16, "fp32", "fwd", (1, 2)),
+    ("narrow-32-r4", 16, "fp32", "fwd", (1, 2)),
+    ("narrow-32", 16, "bf16", "fwd", (2,)),
+    ("adm-32", 16, "fp32", "fwd", (1, 2)),
+    ("adm-32", 16, "bf16", "fwd", (2,)),
+    ("adm-16", 16, "fp32", "fwd", (1, 2)),
+    ("sd-64", 8, "fp32", "fwd", (2,)),
+]
+_SCORE = [
+    ("narrow-32", 16, "fp32", "fwd", (1, 2)),
+    ("adm-32", 16, "fp32", "fwd", (1, 2)),
+]
 FULL = {
     "cross_frame_attention": _CROSS_FRAME,
     "trajectory_attention": _TRAJECTORY,
     "chain_links": _CHAIN,
     "slr_attention": _SLR,
+    "correspondence_search": _SEARCH,
+    "link_score": _SCORE,
 }
 QUICK = {
     "cross_frame_attention": [
@@ -151,6 +173,8 @@ QUICK = {
         ("adm-16", 8, "fp32", "fwd", (2,), "neighbors"),
         ("adm-16", 8, "fp32", "step", (2,), "previous"),
     ],
+    "correspondence_search": [("narrow-32", 8, "fp32", "fwd", (2,))],
+    "link_score": [("narrow-32", 8, "fp32", "fwd", (2,))],
 }
 SMOKE = {op: [("tiny", 3, "fp32", "fwd", (1,))] for op in FULL} | {
     "slr_attention": [("tiny", 3, "fp32", d, (1,), v) for d, v in [("fwd", "neighbors"), ("step", "previous"),

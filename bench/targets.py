@@ -111,6 +111,12 @@ def _slr(record: Record) -> Iterator[Line]:
         yield Line("peak extra memory over the spatial layer's", record["name"], 1.2, ours / spatial, upper=True)
 
 
+def _search(record: Record) -> Iterator[Line]:
+    for peer, bound in (("eager_unfold", 35.0), ("bmm", 12.0)):
+        if record["dtype"] == "fp32" and (ratio := _ratio(record, peer)) is not None:
+            yield Line(f"ratio to {peer}", record["name"], bound, ratio)
+
+
 def lines(result: dict[str, Any]) -> list[Line]:
     """Return every target that the result file has a measurement for, in its order."""
     found: list[Line] = []
@@ -129,7 +135,9 @@ def lines(result: dict[str, Any]) -> list[Line]:
                 found += _trajectory(record)
             elif record["op"] == "slr_attention":
                 found += _slr(record)
-            elif (ratio := _ratio(record, "eager")) is not None:
+            elif record["op"] == "correspondence_search":
+                found += _search(record)
+            elif record["op"] == "chain_links" and (ratio := _ratio(record, "eager")) is not None:
                 found.append(Line("ratio to eager", record["name"], 5.0, ratio))
     for (op, level, T, dtype, direction, threads), seconds in times.items():
         case = f"{level}-T{T}-{dtype}-{direction}-{threads}t"

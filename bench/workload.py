@@ -16,10 +16,12 @@ from bench import peers
 from bench.shapes import DTYPES, WINDOW, Case
 from zsvr_kernels import testing
 from zsvr_kernels.ops.chain_links.reference import chain_links_reference
+from zsvr_kernels.ops.correspondence_search.reference import correspondence_search_reference, link_score_reference
 from zsvr_kernels.ops.cross_frame_attention.reference import cross_frame_attention_reference
 from zsvr_kernels.ops.trajectory_attention import cpu as trajectory_cpu
 from zsvr_kernels.ops.trajectory_attention.reference import trajectory_attention_reference
 from zsvr_kernels.plain import PlainAttention
+from zsvr_kernels.sampling import nearest_site
 
 Call = Callable[[], Any]
 ORACLE_FLOPS = 3e9  # a case with more work is checked on its first and last head
@@ -296,9 +298,66 @@ def slr_attention(case: Case) -> Workload:
     return Workload(_directed(case, forwards, inputs, d_o), check, counted, left_out=left_out)
 
 
+def _pairs(case: Case) -> tuple[Tensor, Tensor, Tensor]:
+    """Return features of adjacent frames, ``[T-1, P, C]`` each, and positions ``[T-1, P, 2]`` of the links."""
+    generator = torch.Generator().manual_seed(20240701)
+    features = torch.randn(case.T, case.P, case.C, generator=generator).to(DTYPES[case.dtype])
+    return features[:-1], features[1:], links(case).forward[0]
+
+
+def correspondence_search(case: Case) -> Workload:
+    """Search around the sites nearest to the links' ends, forward links of all adjacent frames."""
+    f_src, f_dst, positions = _pairs(case)
+    grid, radius = case.shape.grid, case.shape.radius
+    site = nearest_site(positions, grid)
+    centre = torch.stack((site % grid[1], site // grid[1]), -1).to(torch.int32)
+    last = torch.tensor((grid[1] - 1, grid[0] - 1))
+    sides = torch.minimum(centre + radius, last) - (centre - radius).clamp(min=0) + 1
+    candidates = float(sides.double().prod(-1).sum())
+    contestants, left_out = _split(peers.correspondence_search(f_src, f_dst, centre, grid, radius))
+
+    def ours() -> tuple[Tensor, Tensor]:
+        return zk.correspondence_search(f_src, f_dst, centre, grid=grid, radius=radius)
+
+    def check() -> None:
+        site, score = ours()
+        wide = f_src.double(), f_dst.double()
+        best = correspondence_search_reference(*wide, centre, grid, radius)[1]
+        x, y = site % grid[1], site // grid[1]
+        if not bool((torch.stack((x, y), -1) - centre).abs().max() <= radius):
+            raise AssertionError(f"{case.name}: a site outside its window")
+        where = torch.stack((x, y), -1).float()
+        own, plain = (link_score_reference(*pair, where, grid) for pair in (wide, (f_src.float(), f_dst.float())))
+        testing.assert_within_budget(score, own, plain, f"{case.name} score")
+        testing.assert_within_budget(score, best, plain, f"{case.name} best score")
+
+    moved = 2.0 * f_src.numel() * f_src.element_size() + 16.0 * site.numel()
+    return Workload({"ours": ours} | contestants, check, 2 * case.C * candidates, None, moved, left_out)
+
+
+def link_score(case: Case) -> Workload:
+    """Score the forward links of all adjacent frames."""
+    f_src, f_dst, positions = _pairs(case)
+    grid = case.shape.grid
+    contestants, left_out = _split(peers.link_score(f_src, f_dst, positions, grid))
+
+    def ours() -> Tensor:
+        return zk.link_score(f_src, f_dst, positions, grid=grid)
+
+    def check() -> None:
+        oracle = link_score_reference(f_src.double(), f_dst.double(), positions, grid)
+        plain = link_score_reference(f_src.float(), f_dst.float(), positions, grid)
+        testing.assert_within_budget(ours(), oracle, plain, f"{case.name} score")
+
+    moved = 2.0 * f_src.numel() * f_src.element_size() + 12.0 * f_src.shape[0] * case.P
+    return Workload({"ours": ours} | contestants, check, 14.0 * f_src.numel(), None, moved, left_out)
+
+
 BUILD = {
     "cross_frame_attention": cross_frame_attention,
     "trajectory_attention": trajectory_attention,
     "chain_links": chain_links,
     "slr_attention": slr_attention,
+    "correspondence_search": correspondence_search,
+    "link_score": link_score,
 }

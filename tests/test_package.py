@@ -13,7 +13,7 @@ import torch
 import zsvr
 
 import zsvr_kernels as zk
-from zsvr_kernels import _native, testing
+from zsvr_kernels import _native, backends, testing
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -90,7 +90,7 @@ def test_explain_takes_what_the_call_takes(capsys):
     assert zk.explain("trajectory_attention", q, q, q, chained).call.needs_grad
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert zk.explain("cross_frame_attention", q, q, q, zk.neighbors(2)).call.dtype == torch.bfloat16
-    for op in ("cross_frame_attention", "trajectory_attention", "chain_links"):
+    for op in backends.OPERATORS:
         with pytest.raises(TypeError, match=f"{op} takes .* first, got NoneType"):
             zk.explain(op, None)
         with pytest.raises(TypeError, match="no keyword 'retrun_lse'"):
@@ -118,6 +118,7 @@ def test_examples_of_the_docstrings_run():
     space = {"torch": torch, "zsvr_kernels": zk}
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
     things = [zk.cross_frame_attention, zk.trajectory_attention, zk.chain_links, zk.neighbors, zk.Links.from_flow]
+    things += [zk.correspondence_search, zk.link_score]
     for thing in things:
         tests = doctest.DocTestFinder(recurse=False).find(thing, globs=dict(space))
         assert tests and tests[0].examples, thing

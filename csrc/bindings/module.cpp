@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "chain_links/chain_links.h"
+#include "correspondence_search/correspondence_search.h"
 #include "cross_frame_attention/cross_frame_attention.h"
 #include "probes/probes.h"
 #include "trajectory_attention/trajectory_attention.h"
@@ -214,6 +215,53 @@ void bind_chain_links(py::module_& m) {
   });
 }
 
+// Features as a write-only attribute: (address, (stride_n, stride_p)).
+template <class Class, class Params>
+void bind_features(Class& bound, const char* name, zsvr::ConstFeatures Params::* member) {
+  using View = std::pair<uintptr_t, std::array<int64_t, 2>>;
+  bound.def_property(name, nullptr, [member](Params& p, const View& view) {
+    p.*member = zsvr::ConstFeatures{reinterpret_cast<const void*>(view.first), view.second[0],
+                                    view.second[1]};
+  });
+}
+
+void bind_correspondence_search(py::module_& m) {
+  using zsvr::CorrespondenceSearchParams;
+  using zsvr::LinkScoreParams;
+  const auto common = []<class Params>(py::class_<Params>& c) {
+    c.def(py::init<>())
+        .def_readwrite("N", &Params::N)
+        .def_readwrite("Hg", &Params::Hg)
+        .def_readwrite("Wg", &Params::Wg)
+        .def_readwrite("C", &Params::C);
+    bind_dtype(c);
+    bind_features(c, "f_src", &Params::f_src);
+    bind_features(c, "f_dst", &Params::f_dst);
+    bind_pointer(c, "score", &Params::score);
+  };
+  py::class_<CorrespondenceSearchParams> search(m, "CorrespondenceSearchParams",
+                                                py::module_local());
+  common(search);
+  search.def_readwrite("radius", &CorrespondenceSearchParams::radius);
+  bind_pointer(search, "centre", &CorrespondenceSearchParams::centre);
+  bind_pointer(search, "site", &CorrespondenceSearchParams::site);
+  bind_pointer(search, "workspace", &CorrespondenceSearchParams::workspace);
+  py::class_<LinkScoreParams> score(m, "LinkScoreParams", py::module_local());
+  common(score);
+  bind_pointer(score, "positions", &LinkScoreParams::positions);
+
+  m.def("correspondence_search_workspace", &zsvr::correspondence_search_workspace);
+  m.def("correspondence_search",
+        [](const CorrespondenceSearchParams& p, uintptr_t parallel_for, int threads) {
+          run(p, parallel_for, threads,
+              [](const auto& a, const auto& e) { return zsvr::correspondence_search(a, e); });
+        });
+  m.def("link_score", [](const LinkScoreParams& p, uintptr_t parallel_for, int threads) {
+    run(p, parallel_for, threads,
+        [](const auto& a, const auto& e) { return zsvr::link_score(a, e); });
+  });
+}
+
 // probe(kind, iterations, data, floats, sink, parallel_for, threads) -> FLOP or bytes done.
 void bind_probes(py::module_& m) {
   m.def("probe", [](int kind, int64_t iterations, uintptr_t data, int64_t floats, uintptr_t sink,
@@ -242,5 +290,6 @@ PYBIND11_MODULE(_C, m) {
   bind_cross_frame_attention(m);
   bind_trajectory_attention(m);
   bind_chain_links(m);
+  bind_correspondence_search(m);
   bind_probes(m);
 }

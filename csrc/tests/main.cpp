@@ -14,5 +14,6 @@ int main() {
   run("cross_frame_attention", test_cross_frame_attention);
   run("trajectory_attention", test_trajectory_attention);
   run("chain_links", test_chain_links);
+  run("correspondence_search", test_correspondence_search);
   return failures == 0 ? 0 : 1;
 }

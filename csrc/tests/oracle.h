@@ -195,3 +195,4 @@ inline int expect(bool condition, const char* what) {
 int test_cross_frame_attention();
 int test_trajectory_attention();
 int test_chain_links();
+int test_correspondence_search();

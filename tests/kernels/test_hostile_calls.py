@@ -109,6 +109,8 @@ def arguments():
     links = sites(GRID) + torch.randn(2, 1, T - 1, P, 2, generator=g)
     valid = torch.rand(2, 1, T - 1, P, generator=g) > 0.2
     three, four = [True] * 3, [True] * 4
+    f_src, f_dst = torch.randn(2, 2, P, 20, generator=g)
+    centre = torch.randint(-1, 5, (2, P, 2), generator=g, dtype=torch.int32)
     return {
         "cross_frame_attention_fwd": (q, k, v, frames, 0.25, "cpu"),
         "cross_frame_attention_out": (q, k, v, frames, 0.25, "cpu", torch.zeros_like(q)),
@@ -117,6 +119,8 @@ def arguments():
         "trajectory_attention_out": (q, k, v, *where, *GRID, 0.25, "cpu", torch.zeros_like(q)),
         "trajectory_attention_bwd": (o, lse, q, k, v, lse, *where, *t.inverse(T), *GRID, 0.25, four, "cpu"),
         "chain_links": (*links, *valid, *GRID, 1, False, False, "cpu"),
+        "correspondence_search": (f_src, f_dst, centre, *GRID, 2, "cpu"),
+        "link_score": (f_src, f_dst, links[:, 0, 0], *GRID, "cpu"),
     }
 
 
@@ -230,6 +234,44 @@ def test_hostile_links(data):
         assert torch.isfinite(got[0]).all()
 
 
+@settings(deadline=None, max_examples=300, derandomize=True)
+@given(data=st.data())
+def test_hostile_features(data):
+    f_src, f_dst, centre = arguments()["correspondence_search"][:3]
+    call = {"f_src": f_src, "f_dst": f_dst, "centre": centre, "positions": arguments()["link_score"][2]}
+    for name in data.draw(st.lists(st.sampled_from(sorted(call)), max_size=2, unique=True)):
+        call[name] = distorted(call[name], data.draw(LABELS))
+    if data.draw(st.booleans()):
+        values = torch.tensor(data.draw(st.lists(st.sampled_from(WILD), min_size=6, max_size=6)))
+        name = data.draw(st.sampled_from(["f_src", "f_dst", "positions"]))
+        x = arguments()["correspondence_search"][0] if name != "positions" else arguments()["link_score"][2]
+        call[name] = values.repeat(x.numel() // 6 + 1)[: x.numel()].reshape(x.shape)
+    radius = data.draw(st.sampled_from([0, 1, 2, 5, 65535, 65536, -1, 2.0, None]))
+    grid = data.draw(st.sampled_from([GRID, GRID, GRID, (4, 3), (12, 1), (3000, 3000), (2, 6.0), (-3, -4), None]))
+
+    def search(backend, copy):
+        f_src, f_dst, centre = (copy(call[name]) for name in ("f_src", "f_dst", "centre"))
+        return zk.correspondence_search(f_src, f_dst, centre, grid=grid, radius=radius, backend=backend)
+
+    def score(backend, copy):
+        f_src, f_dst, positions = (copy(call[name]) for name in ("f_src", "f_dst", "positions"))
+        return zk.link_score(f_src, f_dst, positions, grid=grid, backend=backend)
+
+    for function in (search, score):
+        got = outcome(functools.partial(function, "cpu", copy=lambda given: given))
+        expected = outcome(functools.partial(function, "reference", copy=plain))
+        if not isinstance(got, tuple):
+            refused = isinstance(expected, Exception) or expected[0].device.type != "cpu"
+            assert refused or any(word in str(got) for word in ("backend", "dense (stride 1)"))
+            continue
+        assert_same(got, outcome(functools.partial(function, "cpu", copy=plain)))
+        assert isinstance(expected, tuple), expected
+        if all(x.abs().max() < 1e4 for x in call.values() if isinstance(x, torch.Tensor) and x.is_floating_point()):
+            torch.testing.assert_close(got[-1], expected[-1], atol=2e-5, rtol=0)
+        if function is search:
+            assert bool(((got[0] >= 0) & (got[0] < P)).all())
+
+
 @settings(deadline=None, max_examples=200, derandomize=True)
 @given(data=st.data())
 def test_hostile_flow(data):
@@ -328,6 +370,11 @@ def test_a_default_device_without_memory_is_no_trap():
         across = [zk.cross_frame_attention(q, k, v, frames, backend=b) for b in ("sdpa", "reference")]
         gradient = torch.autograd.grad(out, leaf, torch.ones_like(out))[0]
         tables = [x for t in chained for x in (t.positions, t.valid, t.frames)]
+        f_src, f_dst, centre = arguments()["correspondence_search"][:3]
+        for b in ("cpu", "reference"):
+            site, score = zk.correspondence_search(f_src, f_dst, centre, grid=GRID, backend=b)
+            where = torch.stack((site % 4, site // 4), -1).float()
+            tables += [site, score, zk.link_score(f_src, f_dst, where, grid=GRID, backend=b)]
         return [out.detach(), gradient, *across, *trajectories.inverse(T), *fresh.inverse(T), *tables]
 
     expected = everything()
