@@ -252,6 +252,11 @@ def test_isolated_sites_reach_no_other_frame(generator):
         expected = reaches_nobody(trajectories)
         assert torch.equal(trajectories.isolated(), expected)
         assert 0 < int(expected.sum()) < expected.numel()
+    frames = torch.tensor([[0, -1], [1, 0]], dtype=torch.int32)  # an absent slot reaches nobody, whatever it holds
+    absent = zk.Trajectories.from_positions(
+        torch.zeros(1, 2, 2, 4, 2), torch.ones(1, 2, 2, 4, dtype=torch.bool), frames, (2, 2)
+    )
+    assert absent.isolated().tolist() == [[[True] * 4, [False] * 4]]
 
 
 @pytest.mark.parametrize("combine", ["parallel", "joint"])
