@@ -59,6 +59,9 @@ struct PairScratch {
     result.sum += offset;
     return result;
   }
+
+  // Peaks are in base 2 here.
+  static float log_sum(float peak, float sum) { return (peak + ::log2f(sum)) * kLn2; }
 };
 
 template <class Scalar>

@@ -138,26 +138,47 @@ void order_columns(const Params& p, const Shared& shared) {
   }
 }
 
+// a[n] . b[n] of up to kWidth rows, summed in score_block's order: where one key takes all, o is its value, and
+// dO.o cancels dO.v with all its rounding.
 template <class Scalar>
-float dot(const Scalar* a, const Scalar* b, int D) {
-  Vec sum = zero();
+Vec dots(const Scalar* a, int64_t stride_a, const Scalar* b, int64_t stride_b, int count, int D) {
+  const int chain = chain_length(D);
+  Vec total = zero(), sum = zero();
+  int left = chain;
   for (int c = 0; c < D; c += kWidth) {
     const int channels = D - c < kWidth ? D - c : kWidth;
-    sum = fma(load_first(a + c, channels), load_first(b + c, channels), sum);
+    Vec x[kWidth], y[kWidth];
+    for (int n = 0; n < kWidth; ++n) {
+      x[n] = n < count ? load_first(a + n * stride_a + c, channels) : zero();
+      y[n] = n < count ? load_first(b + n * stride_b + c, channels) : zero();
+    }
+    transpose(x);
+    transpose(y);
+    for (int n = 0; n < channels; ++n) {
+      sum = fma(x[n], y[n], sum);
+      if (--left > 0) continue;
+      total = total + sum;
+      sum = zero();
+      left = chain;
+    }
   }
-  return reduce_add(sum);
+  return total + sum;
 }
 
 template <class Scalar>
 void prepare(const Params& p, const Shared& shared, int64_t b, int64_t i) {
   for (int64_t h = 0; h < p.H; ++h) {
     const int64_t row = ((b * p.H + h) * p.T + i) * p.P;
-    for (int64_t site = 0; site < p.P; ++site) {
-      const int64_t at = ((b * p.T + i) * p.P + site) * p.H + h;
-      const float product = dot(p.o.at<Scalar>(b, i, site, h), p.d_o.at<Scalar>(b, i, site, h),
-                                static_cast<int>(p.D));
-      shared.delta[row + site] = product - (p.dlse != nullptr ? p.dlse[at] : 0.0f);
-      shared.lse[row + site] = p.lse[at];
+    for (int64_t site = 0; site < p.P; site += kWidth) {
+      const int count = p.P - site < kWidth ? static_cast<int>(p.P - site) : kWidth;
+      const Vec product =
+          dots(p.d_o.at<Scalar>(b, i, site, h), p.d_o.stride_p, p.o.at<Scalar>(b, i, site, h),
+               p.o.stride_p, count, static_cast<int>(p.D));
+      for (int n = 0; n < count; ++n) {
+        const int64_t at = ((b * p.T + i) * p.P + site + n) * p.H + h;
+        shared.delta[row + site + n] = product[n] - (p.dlse != nullptr ? p.dlse[at] : 0.0f);
+        shared.lse[row + site + n] = p.lse[at];
+      }
     }
   }
 }
@@ -172,12 +193,12 @@ void weigh(const Params& p, const Scratch& scratch, const float* k, const float*
   score_block<kVec>(scratch.q, count, k, D, scratch.s, nullptr, none);
   if (scores) score_block<kVec>(scratch.d_o, count, v, D, scratch.t, nullptr, none);
   for (int n = 0; n < count; ++n) {
-    const Vec top = broadcast(lse[n] * kLog2E), mean = broadcast(delta[n]);
+    const Vec top = broadcast(lse[n]), mean = broadcast(delta[n]);
 #pragma GCC unroll 4
     for (int w = 0; w < kVec; ++w) {
       float* s = scratch.s + n * kLanes + w * kWidth;
       float* t = scratch.t + n * kLanes + w * kWidth;
-      const Vec probability = exp2(load(s) - top);
+      const Vec probability = exp(load(s) - top);
       store(s, probability);
       if (scores) store(t, probability * (load(t) - mean));
     }
@@ -202,12 +223,11 @@ void differentiate(const Params& p, const Plan& plan, const Shared& shared, cons
                    const Task& task) {
   const int D = static_cast<int>(p.D);
   const int64_t row = panel_stride(D);
-  const float factor = p.scale * kLog2E;
   for (int at = 0; at < task.keys; at += kLanes) {
     const int count = task.keys - at < kLanes ? task.keys - at : kLanes;
     by_width(count, [&](auto width) {
       pack_transposed(p.k.at<Scalar>(task.b, task.j, task.key + at, task.h), p.k.stride_p, count,
-                      width.count, D, factor, scratch.k + at * D);
+                      width.count, D, 1.0f, scratch.k + at * D);
       pack_transposed(p.v.at<Scalar>(task.b, task.j, task.key + at, task.h), p.v.stride_p, count,
                       width.count, D, 1.0f, scratch.v + at * D);
     });
@@ -223,7 +243,7 @@ void differentiate(const Params& p, const Plan& plan, const Shared& shared, cons
     for (int n = 0; n < task.queries; n += kQueries, first = false) {
       const int count = task.queries - n < kQueries ? task.queries - n : kQueries;
       copy_rows(p.q.at<Scalar>(task.b, i, task.query + n, task.h), p.q.stride_p, count, D,
-                scratch.q);
+                scratch.q, p.scale);  // as in the forward: its scores, bit by bit
       copy_rows(p.d_o.at<Scalar>(task.b, i, task.query + n, task.h), p.d_o.stride_p, count, D,
                 scratch.d_o);
       for (int at = 0; at < task.keys; at += kLanes) {
@@ -337,7 +357,7 @@ void run(const Params& p, const Executor& executor) {
       const int64_t j = t - p.T;
       const bool any = shared.first[j] < p.R;
       if (p.dk.data != nullptr) {
-        write_keys<Scalar>(p, plan, shared.dk + head * plan.kv_sum, p.scale, any, p.dk, b, j, h);
+        write_keys<Scalar>(p, plan, shared.dk + head * plan.kv_sum, 1.0f, any, p.dk, b, j, h);
       }
       if (p.dv.data != nullptr) {
         write_keys<Scalar>(p, plan, shared.dv + head * plan.kv_sum, 1.0f, any, p.dv, b, j, h);

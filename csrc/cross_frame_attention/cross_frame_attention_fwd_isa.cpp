@@ -3,7 +3,8 @@
 // Tiles:     queries in lanes, packed once in blocks [D, kLanes]; keys and values in panels of kKeys rows, copied
 //            from the frames the table names, several small frames to a panel; each panel meets every block.
 // Traffic:   q and o once, k and v of each listed frame once per span of kSpan queries.
-// Numerics:  float32, online softmax in base 2 with the scale folded into q; a row without keys gives 0 and -inf.
+// Numerics:  float32, online softmax with the scale folded into q; a row without keys gives 0 and -inf. One key
+//            alone has lse = its score, which the backward finds again bit by bit.
 //            A block's arithmetic does not depend on the span it is in.
 #include <cmath>
 
@@ -58,16 +59,18 @@ struct FloatScratch {
     result.sum += offset;
     return result;
   }
+
+  static float log_sum(float peak, float sum) { return peak + ::logf(sum); }
 };
 
-// s := exp2(s - peak); adds the rows to sum, in order.
+// s := exp(s - peak); adds the rows to sum, in order.
 template <int kVec>
 void exponentiate(float* s, int count, const Vec* peak, Vec* sum) {
   for (int n = 0; n < count; ++n) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVec; ++v) {
       float* at = s + n * kLanes + v * kWidth;
-      const Vec e = exp2(load(at) - peak[v]);
+      const Vec e = exp(load(at) - peak[v]);
       sum[v] = sum[v] + e;
       store(at, e);
     }
@@ -77,8 +80,7 @@ void exponentiate(float* s, int count, const Vec* peak, Vec* sum) {
 template <class Scalar>
 void pack_block(const CrossFrameAttentionParams& p, const FloatScratch& block, const Scalar* q,
                 int queries, int vectors) {
-  pack_transposed(q, p.q.stride_p, queries, vectors, static_cast<int>(p.D), p.scale * kLog2E,
-                  block.packed);
+  pack_transposed(q, p.q.stride_p, queries, vectors, static_cast<int>(p.D), p.scale, block.packed);
 }
 
 // Fills the panels; returns the number of keys.
@@ -97,7 +99,7 @@ void absorb(const CrossFrameAttentionParams& p, const FloatScratch& block, int c
   score_block<kVec>(block.keys, count, block.packed, D, block.s, peak, ahead);
   for (int n = 0; n < kVec; ++n) {
     sum[n] = load(block.sum + n * kWidth);
-    shrink[n] = exp2(load(block.peak + n * kWidth) - peak[n]);
+    shrink[n] = exp(load(block.peak + n * kWidth) - peak[n]);
     block_sum[n] = zero();
   }
   exponentiate<kVec>(block.s, count, peak, block_sum);
@@ -119,7 +121,7 @@ void finish(const CrossFrameAttentionParams& p, const Block& block, int64_t b, i
                     p.o.at<Scalar>(b, i, query, h), p.o.stride_p);
   float* lse = p.lse + ((b * p.T + i) * p.P + query) * p.H + h;
   for (int n = 0; n < queries; ++n) {
-    lse[n * p.H] = (block.peak[n] + ::log2f(block.sum[n])) * kLn2;
+    lse[n * p.H] = Block::log_sum(block.peak[n], block.sum[n]);
   }
 }
 

@@ -231,6 +231,26 @@ def test_scores_are_sums_of_short_chains(isa, D, generator):
     assert error(lse) < 0.9 * error(one_chain)
 
 
+@pytest.mark.parametrize("D", [40, 64])
+def test_gradients_of_sharp_attention(isa, D, generator):
+    # Where one key takes all, P is the exponential of a small difference of large numbers: the backward's scores must
+    # be the forward's, bit by bit.
+    q, k, v, weights = torch.randn(4, 4, 3, 31, 4, D, generator=generator).unbind(0)
+    q, frames = 4 * q, torch.arange(3, dtype=torch.int32)[:, None]
+
+    def gradients(function, dtype):
+        leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        return torch.autograd.grad(function(*leaves), leaves, weights.to(dtype))
+
+    ours = gradients(lambda *x: zk.cross_frame_attention(*x, frames, backend="cpu"), torch.float32)
+    oracle = gradients(lambda *x: reference(*x, frames, D**-0.5)[0], torch.float64)
+    eager = gradients(lambda *x: testing.eager_cross_frame_attention(*x, frames, D**-0.5)[0], torch.float32)
+    for name, x, o, e in zip(("dq", "dk", "dv"), ours, oracle, eager, strict=True):
+        testing.assert_within_budget(x, o, e, name, gradient=True)
+        error = [torch.linalg.vector_norm(y - o) for y in (x, e)]
+        assert error[0] < 1.3 * error[1], f"{name}: {error[0]:.2e}, eager {error[1]:.2e}"
+
+
 @pytest.mark.parametrize("rows", ["neighbors", "window", "mixed", "anchors", "gather"])
 def test_sdpa_backend_for_every_kind_of_table(rows, generator):
     T = 7

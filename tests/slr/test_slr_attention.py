@@ -274,7 +274,7 @@ def test_only_isolated_sites_take_the_short_range_alone(combine, generator):
 def test_prefix_tokens_attend_but_have_no_trajectory(combine, prefix, generator):
     trajectories = chained(1, 3, (3, 5), generator)
     inputs = tokens(2, 3, 15 + prefix, 2, 40, generator)
-    check(inputs, zk.neighbors(3), trajectories, generator, combine, combine=combine, prefix=prefix, scale=0.1)
+    check(inputs, zk.neighbors(3), trajectories, generator, combine, combine=combine, prefix=prefix)
 
 
 @pytest.mark.parametrize("blend", [0, 0.25, 0.75, 1])

@@ -106,14 +106,16 @@ static void unpack_transposed(const float* packed, const float* factors, int cou
 // Floats between rows of a panel: an odd number of cache lines, so that equal channels use all cache sets.
 ZSVR_INLINE int64_t panel_stride(int64_t D) { return ((D + 15) / 16 | 1) * 16; }
 
-// panel[n][c] = source[n * stride + c] for n < count; 0 behind channel D, up to a whole vector.
+// panel[n][c] = factor * source[n * stride + c] for n < count; 0 behind channel D, up to a whole vector.
 template <class Scalar>
-static void copy_rows(const Scalar* source, int64_t stride, int count, int D, float* panel) {
+static void copy_rows(const Scalar* source, int64_t stride, int count, int D, float* panel,
+                      float factor = 1.0f) {
   const int64_t panel_row = panel_stride(D);
+  const Vec scale = broadcast(factor);
   for (int n = 0; n < count; ++n, source += stride, panel += panel_row) {
     int c = 0;
-    for (; c + kWidth <= D; c += kWidth) store(panel + c, load(source + c));
-    if (c < D) store(panel + c, load_first(source + c, D - c));
+    for (; c + kWidth <= D; c += kWidth) store(panel + c, load(source + c) * scale);
+    if (c < D) store(panel + c, load_first(source + c, D - c) * scale);
   }
 }
 
