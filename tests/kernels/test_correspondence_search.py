@@ -112,6 +112,16 @@ def test_the_reference_finds_the_best_candidate(generator):
         assert_best((site, score.float()), f_src, f_dst, centre, (7, 8), 2, str(dtype))
 
 
+def test_a_window_wider_than_the_grid_is_the_grid(isa, generator):
+    f_src, f_dst = random_features(1, 12, 16, torch.float32, generator)
+    centre = random_centre(1, (3, 4), generator)
+    wide, whole = (
+        zk.correspondence_search(f_src, f_dst, centre, grid=(3, 4), radius=radius, backend=backend)
+        for radius, backend in ((65535, "reference"), (4, "cpu"))
+    )
+    assert torch.equal(wide[0], whole[0])
+
+
 def test_every_offset_between_neighbours_finds_the_best(isa, generator):
     """Neighbouring windows that coincide, overlap a little, or not at all, at borders and inside."""
     grid, radius = (6, 9), 2

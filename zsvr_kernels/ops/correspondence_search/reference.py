@@ -34,8 +34,9 @@ def correspondence_search_reference(
     first_x, first_y = (x - radius).clamp(min=0), (y - radius).clamp(min=0)
     site = first_y * Wg + first_x  # where no candidate has a number
     score = torch.full(site.shape, -torch.inf, dtype=src.dtype, device=src.device)
-    for dy in range(-radius, radius + 1):
-        for dx in range(-radius, radius + 1):
+    far_x, far_y = min(radius, Wg - 1), min(radius, Hg - 1)  # beyond the grid there is nothing
+    for dy in range(-far_y, far_y + 1):
+        for dx in range(-far_x, far_x + 1):
             cx, cy = x + dx, y + dy
             inside = (cx >= 0) & (cx < Wg) & (cy >= 0) & (cy < Hg)
             candidate = cy.clamp(0, Hg - 1) * Wg + cx.clamp(0, Wg - 1)
