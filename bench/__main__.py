@@ -13,6 +13,7 @@ import datetime
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import tempfile
@@ -60,7 +61,11 @@ def main(arguments: list[str] | None = None) -> int:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_const", const="quick", dest="suite", help="a minute or two")
     size.add_argument("--smoke", action="store_const", const="smoke", dest="suite", help="one tiny shape per operator")
-    parser.add_argument("--select", default="", help="only cases whose 'operator-name' contains this")
+    parser.add_argument(
+        "--select",
+        default="",
+        help="only cases whose 'operator-name' contains this, or one of several texts, by commas",
+    )
     parser.add_argument("--threads", type=int, nargs="+", help="default: those the suite asks for")
     parser.add_argument("--allocator", nargs="+", choices=tuple(ALLOCATORS), default=list(ALLOCATORS))
     parser.add_argument("--out", type=pathlib.Path, help="folder for the results; default bench/results/<device>")
@@ -88,6 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
     target = options.out or ROOT / "bench" / "results" / facts["device_slug"]
     target.mkdir(parents=True, exist_ok=True)
     name = f"{now:%Y-%m-%d}-{facts['commit'][:10]}" + ("" if suite == "full" else f"-{suite}")
+    name += f"-{re.sub('[^a-z0-9]+', '-', options.select.lower()).strip('-')[:24]}" if options.select else ""
     path = target / f"{name}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     text = report.render(result, report.previous(path))

@@ -244,7 +244,7 @@ def previous(path: pathlib.Path) -> Result | None:
     results = [json.loads((path.parent / n).read_text()) for n in listed if n != path.name]
     own = json.loads(path.read_text())["provenance"]["date"] if path.exists() else None
     earlier = [r for r in results if own is None or r["provenance"]["date"] < own]
-    full = [r for r in earlier if r["provenance"]["suite"] == "full"]
+    full = [r for r in earlier if r["provenance"]["suite"] == "full" and not r["provenance"]["select"]]
     return max(full, key=lambda r: r["provenance"]["date"], default=None)
 
 

@@ -184,13 +184,16 @@ SUITES = {"full": FULL, "quick": QUICK, "smoke": SMOKE}
 
 
 def cases(suite: str, op: str, threads: int, select: str = "") -> list[Case]:
-    """Return the cases of one operator for a number of threads whose ``op-name`` contains ``select``."""
+    """Return the cases of one operator for a number of threads whose ``op-name`` contains ``select``.
+
+    Several texts, separated by commas, select what any of them selects.
+    """
     found = [
         Case(op, level, T, dtype, direction, threads, *variant)
         for level, T, dtype, direction, counts, *variant in SUITES[suite][op]
         if threads in counts
     ]
-    return [case for case in found if select in f"{op}-{case.name}"]
+    return [case for case in found if any(text in f"{op}-{case.name}" for text in select.split(","))]
 
 
 def thread_counts(suite: str) -> list[int]:

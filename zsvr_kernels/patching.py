@@ -165,10 +165,11 @@ def _begin(layer: PatchedLayer, context: VideoContext, x: Tensor) -> tuple[bool,
         return False, grid
     if layer.backend is None:
         names = []
-        for op in ("cross_frame_attention", "trajectory_attention"):
+        walks = options.combine == "trajectory" or (needs_grid(options) and context.frames > 1)
+        for op in ("cross_frame_attention", "trajectory_attention")[: 2 if walks else 1]:
             call = backends.Call(op, x.device.type, x.dtype, adapter.head_dim, torch.is_grad_enabled())
             names.append(backends.choose(options.backend, call))
-        layer.backend = names[0] if names[0] == names[1] else "/".join(names)
+        layer.backend = "/".join(dict.fromkeys(names))
     return True, grid
 
 
