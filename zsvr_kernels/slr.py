@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from zsvr_kernels import backends, validation
+from zsvr_kernels import backends, serial, validation
 from zsvr_kernels.adapters import Adapter, adapt
 from zsvr_kernels.context import VideoContext
 from zsvr_kernels.merging import merge_attention
@@ -88,6 +88,13 @@ def slr_attention(
     if trajectories is None or combine in ("cross", "spatial"):
         return cross_frame_attention(q, k, v, frames, scale=scale, backend=backend)
 
+    if not isinstance(trajectories, Trajectories):
+        raise TypeError(f"trajectories must be zsvr_kernels.Trajectories or None, got {type(trajectories).__name__}")
+    if combine == "serial" and not prefix and serial.takes(q, k, v, trajectories, backend):
+        validation.check_frames(frames, q)
+        t = trajectories
+        validation.check_trajectories(t.positions, t.valid, t.frames, t.grid, q)
+        return serial.SerialFunction.apply(q, k, v, frames, t, validation.check_scale(scale, q.shape[-1]))
     q_grid, k_grid, v_grid = (x[:, :, prefix:] for x in (q, k, v))
     if combine == "trajectory":
         return trajectory_attention(q, k, v, trajectories, scale=scale, backend=backend)

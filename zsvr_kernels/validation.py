@@ -381,6 +381,16 @@ def check_gradients(
         raise ValueError(f"needs must have {wanted} entries, got {len(needs)}")
 
 
+def check_sum(name: str, target: Tensor, x: Tensor) -> None:
+    """Check a gradient ``[B, T, P, H, D]`` that native code adds to: of x's shape and dtype, contiguous, on the CPU."""
+    check_tensor(name, target, 5, "[B, T, P, H, D]")
+    check_dtype(name, target, x.dtype)
+    check_shape(name, target, tuple(x.shape), "the shape of what it is the gradient of")
+    check_on_cpu(**{name: target})
+    if not target.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got strides {tuple(target.stride())}")
+
+
 def check_scale(scale: object, D: int) -> float:
     """Return the logit scale: ``D ** -0.5`` for None."""
     if scale is None:

@@ -102,6 +102,7 @@ void bind_cross_frame_attention(py::module_& m) {
   bind_tokens(backward, "dq", &CrossFrameAttentionBackwardParams::dq);
   bind_tokens(backward, "dk", &CrossFrameAttentionBackwardParams::dk);
   bind_tokens(backward, "dv", &CrossFrameAttentionBackwardParams::dv);
+  backward.def_readwrite("adds", &CrossFrameAttentionBackwardParams::adds);
 
   m.def("cross_frame_attention_fwd_workspace", &zsvr::cross_frame_attention_fwd_workspace);
   m.def("cross_frame_attention_bwd_workspace", &zsvr::cross_frame_attention_bwd_workspace);

@@ -33,6 +33,7 @@ struct CrossFrameAttentionBackwardParams {
   const float* lse = nullptr;       // [B, T, P, H] dense
   const float* dlse = nullptr;      // [B, T, P, H] dense, or nullptr for zero
   Tokens dq, dk, dv;                // written in full; data == nullptr: not wanted
+  bool adds = false;                // dq and dk are added to what is there
   void* workspace = nullptr;        // cross_frame_attention_bwd_workspace() bytes, 64-byte aligned
 };
 

@@ -19,7 +19,8 @@ using Params = CrossFrameAttentionBackwardParams;
 
 constexpr int64_t kSpan = 256;  // keys, and queries, of a task; part of the order of sums
 constexpr int kQueries = 96;    // rows of a panel
-constexpr int64_t kTasks = 8;   // of a round, per thread at least
+constexpr int kLargestHeadDim = 256;
+constexpr int64_t kTasks = 8;  // of a round, per thread at least
 constexpr int64_t kSums =
     8 << 20;  // bytes of sums that a group of heads may take, if tasks suffice
 
@@ -279,19 +280,35 @@ void write_queries(const Params& p, const Plan& plan, const float* sums, bool an
     Scalar* target = p.dq.at<Scalar>(b, i, site, h);
     for (int64_t c = 0; c < p.D; c += kWidth) {
       const int lanes = p.D - c < kWidth ? static_cast<int>(p.D - c) : kWidth;
-      store_first(target + c, any ? load(row + c) * scale : zero(), lanes);
+      const Vec value = any ? load(row + c) * scale : zero();
+      store_first(target + c, p.adds ? load_first(target + c, lanes) + value : value, lanes);
     }
   }
 }
 
 template <class Scalar>
 void write_keys(const Params& p, const Plan& plan, const float* sums, float factor, bool any,
-                const Tokens& target, int64_t b, int64_t j, int64_t h) {
+                bool adds, const Tokens& target, int64_t b, int64_t j, int64_t h) {
+  if (adds && !any) return;
   float factors[kLanes];
   for (int n = 0; n < kLanes; ++n) factors[n] = factor;
   const float* packed = sums + j * plan.spans * plan.span * p.D;
   for (int64_t site = 0; site < p.P; site += kLanes, packed += p.D * kLanes) {
     const int count = static_cast<int>(p.P - site < kLanes ? p.P - site : kLanes);
+    if (adds) {
+      float rows[kLanes * kLargestHeadDim];
+      unpack_transposed(packed, factors, count, (count + kWidth - 1) / kWidth,
+                        static_cast<int>(p.D), rows, p.D);
+      for (int n = 0; n < count; ++n) {
+        Scalar* to = target.at<Scalar>(b, j, site + n, h);
+        for (int64_t c = 0; c < p.D; c += kWidth) {
+          const int lanes = p.D - c < kWidth ? static_cast<int>(p.D - c) : kWidth;
+          store_first(to + c, load_first(to + c, lanes) + load_first(rows + n * p.D + c, lanes),
+                      lanes);
+        }
+      }
+      continue;
+    }
     if (any) {
       unpack_transposed(packed, factors, count, (count + kWidth - 1) / kWidth,
                         static_cast<int>(p.D), target.at<Scalar>(b, j, site, h), target.stride_p);
@@ -357,10 +374,12 @@ void run(const Params& p, const Executor& executor) {
       const int64_t j = t - p.T;
       const bool any = shared.first[j] < p.R;
       if (p.dk.data != nullptr) {
-        write_keys<Scalar>(p, plan, shared.dk + head * plan.kv_sum, 1.0f, any, p.dk, b, j, h);
+        write_keys<Scalar>(p, plan, shared.dk + head * plan.kv_sum, 1.0f, any, p.adds, p.dk, b, j,
+                           h);
       }
       if (p.dv.data != nullptr) {
-        write_keys<Scalar>(p, plan, shared.dv + head * plan.kv_sum, 1.0f, any, p.dv, b, j, h);
+        write_keys<Scalar>(p, plan, shared.dv + head * plan.kv_sum, 1.0f, any, false, p.dv, b, j,
+                           h);
       }
     });
   }

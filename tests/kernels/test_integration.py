@@ -53,6 +53,9 @@ def opcheck_arguments(generator):
         "cross_frame_attention_fwd": (q, k, v, frames, 0.25, "cpu"),
         "cross_frame_attention_out": (q, k, v, frames, 0.25, "cpu", torch.empty_like(q)),
         "cross_frame_attention_bwd": (o, lse, q, k, v, o, lse, frames, 0.25, three, "cpu"),
+        "cross_frame_attention_bwd_add": (
+            o, q, k, v, o, lse, frames, 0.25, "cpu", torch.zeros_like(q), torch.zeros_like(k),
+        ),
         "trajectory_attention_fwd": (q, k, v, *where, 4, 5, 0.25, "cpu"),
         "trajectory_attention_out": (q, k, v, *where, 4, 5, 0.25, "cpu", torch.empty_like(q)),
         "trajectory_attention_bwd": (

@@ -385,3 +385,50 @@ def test_errors(generator):
         zk.slr_attention(q, k[:, :2], v[:, :2], frames, trajectories)
     with pytest.raises(TypeError, match=r"q must be a torch.Tensor"):
         zk.slr_attention([1.0], k, v, frames, trajectories)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("D", [8, 40, 72, 256])
+def test_serial_in_one_step_of_autograd_is_the_two_operators(isa, D, dtype, generator):
+    grid = (5, 7)
+    trajectories = chained(1, 4, grid, generator)
+    weights = torch.randn(2, 4, 35, 3, D, generator=generator).to(dtype)
+    inputs = tokens(2, 4, 35, 3, D, generator, dtype)
+    frames = torch.tensor([[0, 2], [-1, 2], [2, 2], [1, -1]], dtype=torch.int32)  # nobody reads frame 3
+
+    def gradients(function, dtype=dtype):
+        leaves = [x.to(dtype, copy=True).requires_grad_() for x in inputs]
+        out = function(*leaves)
+        return out, (out.detach(), *torch.autograd.grad(out, leaves, weights.to(dtype)))
+
+    def two(q, k, v):
+        x = zk.cross_frame_attention(q, k, v, frames, backend="cpu")
+        return zk.trajectory_attention(q, k, x, trajectories, backend="cpu")
+
+    with testing.poisoned_allocations():
+        out, ours = gradients(lambda *x: zk.slr_attention(*x, frames, trajectories, backend="cpu"))
+        assert type(out.grad_fn).__name__ == "SerialFunctionBackward"
+        _, separate = gradients(two)
+    _, oracle = gradients(lambda *x: zk.slr_attention(*x, frames, trajectories, backend="reference"), torch.float64)
+    _, eager = gradients(lambda *x: naive(*x, frames, trajectories, "serial"))
+    for n, name in enumerate(("out", "dq", "dk", "dv")):
+        if dtype == torch.float32:
+            assert torch.equal(ours[n], separate[n]), name
+        testing.assert_within_budget(ours[n], oracle[n], eager[n], name, gradient=name != "out")
+
+
+def test_gradients_are_added_to_what_fits_only(generator):
+    q, k, v = tokens(1, 3, 20, 2, 16, generator)
+    frames = zk.neighbors(3)
+    o, lse = torch.ops.zsvr.cross_frame_attention_fwd(q, k, v, frames, 0.25, "cpu")
+
+    def add(dq, dk):
+        torch.ops.zsvr.cross_frame_attention_bwd_add(o, q, k, v, o, lse, frames, 0.25, "cpu", dq, dk)
+
+    for wrong in (q[:, :2], q.mT.contiguous().mT, q.expand(2, -1, -1, -1, -1), q[..., :8], q[0]):
+        with pytest.raises(ValueError):
+            add(wrong, torch.zeros_like(k))
+        with pytest.raises(ValueError):
+            add(torch.zeros_like(q), wrong)
+    with pytest.raises(TypeError):
+        add(torch.zeros_like(q).double(), torch.zeros_like(k))

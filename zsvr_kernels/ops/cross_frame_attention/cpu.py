@@ -64,6 +64,7 @@ def launch_bwd(
     frames: Tensor,  # int32 [T, R]
     scale: float,
     needs: tuple[bool, bool, bool],  # dq, dk, dv
+    into: tuple[Tensor, Tensor] | None = None,  # dq, dk to add to, instead of new ones
 ) -> tuple[Tensor, Tensor, Tensor]:  # an empty tensor where not needed
     native = _native.module()
     _check(q, k, v, frames)
@@ -82,8 +83,12 @@ def launch_bwd(
         dlse = dlse.to(torch.float32).contiguous()
         p.dlse = dlse.data_ptr()
     gradients = []
-    for name, x, needed in zip(("dq", "dk", "dv"), (q, k, v), needs, strict=True):
-        gradient = q.new_empty(x.shape if needed else (0,))
+    if into is not None:
+        for name, x, target in zip(("dq", "dk"), (q, k), into, strict=True):
+            validation.check_sum(name, target, x)
+        p.adds = True
+    for n, (name, x, needed) in enumerate(zip(("dq", "dk", "dv"), (q, k, v), needs, strict=True)):
+        gradient = q.new_empty(x.shape if needed else (0,)) if into is None or n == 2 else into[n]
         if needed:
             setattr(p, name, _native.tokens(gradient))
         gradients.append(gradient)

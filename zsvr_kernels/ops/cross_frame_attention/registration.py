@@ -28,6 +28,10 @@ _library.define(
     "cross_frame_attention_bwd(Tensor d_o, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, "
     "Tensor lse, Tensor frames, float scale, bool[] needs, str backend) -> (Tensor, Tensor, Tensor)"
 )
+_library.define(
+    "cross_frame_attention_bwd_add(Tensor d_o, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor frames, "
+    "float scale, str backend, Tensor(a!) dq, Tensor(b!) dk) -> Tensor"
+)
 
 
 def _launcher(backend: str) -> Any:
@@ -60,9 +64,27 @@ def _bwd(
     return _launcher(backend).launch_bwd(d_o, dlse, q, k, v, o, lse, frames, scale, tuple(needs))
 
 
+def _bwd_add(
+    d_o: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    frames: Tensor,
+    scale: float,
+    backend: str,
+    dq: Tensor,
+    dk: Tensor,
+) -> Tensor:
+    launch = _launcher(backend).launch_bwd
+    return launch(d_o, None, q, k, v, o, lse, frames, scale, (True, True, True), into=(dq, dk))[2]
+
+
 _library.impl("cross_frame_attention_fwd", _fwd, "CompositeExplicitAutograd")
 _library.impl("cross_frame_attention_out", _out, "CompositeExplicitAutograd")
 _library.impl("cross_frame_attention_bwd", _bwd, "CompositeExplicitAutograd")
+_library.impl("cross_frame_attention_bwd_add", _bwd_add, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("zsvr::cross_frame_attention_fwd", lib=_library)
@@ -93,6 +115,24 @@ def _bwd_fake(
 ) -> tuple[Tensor, ...]:
     check_one_device(d_o, dlse, q, k, v, o, lse, frames)
     return tuple(q.new_empty(x.shape if n else (0,)) for x, n in zip((q, k, v), needs, strict=True))
+
+
+@torch.library.register_fake("zsvr::cross_frame_attention_bwd_add", lib=_library)
+def _bwd_add_fake(
+    d_o: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    frames: Tensor,
+    scale: float,
+    backend: str,
+    dq: Tensor,
+    dk: Tensor,
+) -> Tensor:
+    check_one_device(d_o, q, k, v, o, lse, frames, dq, dk)
+    return v.new_empty(v.shape)
 
 
 class CrossFrameAttentionFunction(torch.autograd.Function):

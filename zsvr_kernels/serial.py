@@ -1,0 +1,60 @@
+"""Serial SLR attention as one step of autograd: its backward holds one gradient of q and of k, not two."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zsvr_kernels import backends
+from zsvr_kernels.ops.cross_frame_attention import registration as _cross  # noqa: F401  (defines its ops)
+from zsvr_kernels.ops.trajectory_attention import registration as _trajectory  # noqa: F401
+from zsvr_kernels.trajectories import Trajectories
+from zsvr_kernels.validation import refuse_double_backward
+
+
+def takes(q: Tensor, k: Tensor, v: Tensor, trajectories: Trajectories, backend: str) -> bool:
+    """Return whether `SerialFunction` can run the call: a gradient of q, k and v alone, on the ``cpu`` backend."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or trajectories.positions.requires_grad:
+        return False
+    if not (q.requires_grad and k.requires_grad and v.requires_grad):
+        return False
+    calls = [
+        backends.Call(op, q.device.type, q.dtype, q.shape[-1], True)
+        for op in ("cross_frame_attention", "trajectory_attention")
+    ]
+    return all(backends.choose(backend, call) == "cpu" for call in calls)
+
+
+class SerialFunction(torch.autograd.Function):
+    """``Tr(X)`` of `slr_attention` on the ``cpu`` backend."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,  # [B, T, P, H, D]
+        k: Tensor,
+        v: Tensor,
+        frames: Tensor,  # int32 [T, R]
+        trajectories: Trajectories,
+        scale: float,
+    ) -> Tensor:
+        fields = (trajectories.positions, trajectories.valid, trajectories.frames)
+        x, lse_x = torch.ops.zsvr.cross_frame_attention_fwd(q, k, v, frames, scale, "cpu")
+        o, lse = torch.ops.zsvr.trajectory_attention_fwd(q, k, x, *fields, *trajectories.grid, scale, "cpu")
+        ctx.save_for_backward(q, k, v, x, lse_x, lse, frames, *fields)
+        ctx.trajectories, ctx.scale = trajectories, scale
+        return o
+
+    @staticmethod
+    def backward(ctx: Any, d_o: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_double_backward("slr_attention")
+        q, k, v, x, lse_x, lse, frames, *fields = ctx.saved_tensors
+        where = (*fields, *ctx.trajectories.inverse(k.shape[1]), *ctx.trajectories.grid)
+        needs = [True, True, True, False]
+        dq, dk, dx, _ = torch.ops.zsvr.trajectory_attention_bwd(
+            d_o, None, q, k, x, lse, *where, ctx.scale, needs, "cpu"
+        )
+        dv = torch.ops.zsvr.cross_frame_attention_bwd_add(dx, q, k, v, x, lse_x, frames, ctx.scale, "cpu", dq, dk)
+        return dq, dk, dv, None, None, None
