@@ -115,13 +115,16 @@ def arguments():
         "cross_frame_attention_fwd": (q, k, v, frames, 0.25, "cpu"),
         "cross_frame_attention_out": (q, k, v, frames, 0.25, "cpu", torch.zeros_like(q)),
         "cross_frame_attention_bwd": (o, lse, q, k, v, o, lse, frames, 0.25, three, "cpu"),
+        "cross_frame_attention_bwd_add": (
+            o, q, k, v, o, lse, frames, 0.25, "cpu", torch.zeros_like(q), torch.zeros_like(k),
+        ),
         "trajectory_attention_fwd": (q, k, v, *where, *GRID, 0.25, "cpu"),
         "trajectory_attention_out": (q, k, v, *where, *GRID, 0.25, "cpu", torch.zeros_like(q)),
         "trajectory_attention_bwd": (o, lse, q, k, v, lse, *where, *t.inverse(T), *GRID, 0.25, four, "cpu"),
         "chain_links": (*links, *valid, *GRID, 1, False, False, "cpu"),
         "correspondence_search": (f_src, f_dst, centre, *GRID, 2, "cpu"),
         "link_score": (f_src, f_dst, links[:, 0, 0], *GRID, "cpu"),
-    }
+    }  # fmt: skip
 
 
 def registered_ops():
