@@ -34,7 +34,7 @@ $(VENV)/.installed: constraints.txt pyproject.toml
 	$(BIN)/python -m pip install -q --upgrade pip
 	$(BIN)/python -m pip install -q -c constraints.txt torch numpy "setuptools>=77" cmake ninja pybind11 \
 	  av opencv-python-headless pillow tqdm pytest pytest-timeout pytest-benchmark hypothesis scikit-image \
-	  torchmetrics diffusers transformers accelerate safetensors ruff mypy clang-format
+	  torchmetrics diffusers transformers accelerate safetensors triton ruff mypy clang-format
 	@touch $@
 
 # The package itself, editable; rebuilt when a native source changes. ZSVR_NATIVE=1: without its kernels there
@@ -51,8 +51,10 @@ demo: setup
 examples: setup
 	for script in examples/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
+# Triton's interpreter must be chosen before Triton is imported: a process of its own.
 test: setup
 	$(BIN)/python -m pytest -q $(TESTS)
+	$(if $(TESTS),,TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/triton)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .

@@ -1,7 +1,8 @@
 """Which backend runs a call: the measured order of preference, and why a backend refuses.
 
-PREFERENCE is the one place that decides what ``backend="auto"`` means. It was measured with ``make bench``
-(bench/results); a backend that refuses a call is passed over, and `explain` shows each refusal.
+PREFERENCE is the one place that decides what ``backend="auto"`` means. For CPUs it was measured with ``make bench``
+(bench/results), for GPUs it follows the predictions of ``make gates`` (bench/predictions.json) until measured; a
+backend that refuses a call is passed over, and `explain` shows each refusal.
 An explicit ``backend=`` never falls back: it runs or raises.
 """
 
@@ -16,18 +17,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from zsvr_kernels import _native
+from zsvr_kernels import _native, _triton
 
 BACKENDS = ("auto", "reference", "cpu", "sdpa", "triton", "cuda")
 
 # (operator, device type) -> backends, best first. "reference" takes everything, so it ends every list.
 PREFERENCE: dict[tuple[str, str], tuple[str, ...]] = {
     ("cross_frame_attention", "cpu"): ("cpu", "sdpa", "reference"),
-    ("cross_frame_attention", "cuda"): ("sdpa", "reference"),
+    ("cross_frame_attention", "cuda"): ("triton", "sdpa", "reference"),
     ("trajectory_attention", "cpu"): ("cpu", "reference"),
+    ("trajectory_attention", "cuda"): ("triton", "reference"),
     ("chain_links", "cpu"): ("cpu", "reference"),
+    ("chain_links", "cuda"): ("triton", "reference"),
     ("correspondence_search", "cpu"): ("cpu", "reference"),
+    ("correspondence_search", "cuda"): ("triton", "reference"),
     ("link_score", "cpu"): ("cpu", "reference"),
+    ("link_score", "cuda"): ("triton", "reference"),
 }
 OPERATORS = ("cross_frame_attention", "trajectory_attention", "chain_links", "correspondence_search", "link_score")
 
@@ -71,6 +76,14 @@ def _refuse_sdpa(call: Call) -> str | None:
     return None
 
 
+def _refuse_triton(call: Call) -> str | None:
+    if (reason := _triton.refusal(call.device, call.dtype)) is not None:
+        return reason
+    if call.D is not None and (call.D % 8 or not 8 <= call.D <= 256):
+        return f"head dim {call.D}; it takes multiples of 8 up to 256"
+    return None
+
+
 def _refuse_absent(call: Call) -> str | None:
     return "this version has no such kernel"
 
@@ -79,7 +92,7 @@ _REFUSE: dict[str, Callable[[Call], str | None]] = {
     "reference": _refuse_reference,
     "cpu": _refuse_cpu,
     "sdpa": _refuse_sdpa,
-    "triton": _refuse_absent,
+    "triton": _refuse_triton,
     "cuda": _refuse_absent,
 }
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from zsvr_kernels.validation import check_one_device
 
-_LAUNCHERS = {"cpu": "cpu"}  # backend -> module beside this one with launch
+_LAUNCHERS = {"cpu": "cpu", "triton": "triton_launch"}  # backend -> module beside this one with launch
 
 _library = torch.library.Library("zsvr", "FRAGMENT")
 _library.define(
