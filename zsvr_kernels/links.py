@@ -13,6 +13,7 @@ from zsvr_kernels.sampling import Grid, is_inside, sites, warp
 
 CHECKS = {"U": (0.01, 0.5), "S": (0.001, 0.05), "none": (0.0, 0.0)}  # rule -> default alpha, beta
 ROUNDINGS = ("bilinear", "nearest")
+LINK_RULES = ("nearest", "corners")  # of chaining
 
 
 def _choice(name: str, value: str, allowed: tuple[str, ...]) -> str:

@@ -48,10 +48,14 @@ def run(
     return torch.ops.zsvr_layers.run(x, layer)
 
 
-def _body(x: Tensor, layer: int) -> Tensor:
+def _open(layer: int) -> tuple[Callable[[Tensor], Tensor], int]:
     if layer not in _running:
         raise RuntimeError("compiled code of a zsvr_kernels.patched block ran after the block: torch.compiler.reset()")
-    return _running[layer][0](x).contiguous()
+    return _running[layer]
+
+
+def _body(x: Tensor, layer: int) -> Tensor:
+    return _open(layer)[0](x).contiguous()
 
 
 _library.impl("run", _body, "CompositeExplicitAutograd")
@@ -59,5 +63,5 @@ _library.impl("run", _body, "CompositeExplicitAutograd")
 
 @torch.library.register_fake("zsvr_layers::run", lib=_library)
 def _fake(x: Tensor, layer: int) -> Tensor:
-    channels = _running[layer][1]
+    channels = _open(layer)[1]
     return x.new_empty((x.shape[0], channels, *x.shape[2:]) if x.dim() == 4 else (*x.shape[:-1], channels))

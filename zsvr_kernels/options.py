@@ -14,13 +14,12 @@ from torch import Tensor
 
 from zsvr_kernels import backends, validation
 from zsvr_kernels import frames as tables
-from zsvr_kernels.links import CHECKS, ROUNDINGS
+from zsvr_kernels.links import CHECKS, LINK_RULES, ROUNDINGS
 from zsvr_kernels.sampling import Grid
 
 COMBINES = ("serial", "parallel", "joint", "cross", "trajectory", "spatial")
 PRESETS = ("neighbors", "previous", "first_and_previous", "all_frames")
 STAGES = ("down", "mid", "up")
-LINK_RULES = ("nearest", "corners")
 
 
 def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -504,17 +504,7 @@ void run(const LinkScoreParams& p, const Executor& executor) {
 
 template <class Params>
 Status launch(const Params& params, const Executor& executor) {
-  switch (params.dtype) {
-    case DType::kFloat32:
-      run<float>(params, executor);
-      break;
-    case DType::kBFloat16:
-      run<BFloat16>(params, executor);
-      break;
-    case DType::kFloat16:
-      run<Float16>(params, executor);
-      break;
-  }
+  by_dtype(params.dtype, [&](auto value) { run<decltype(value)>(params, executor); });
   return ok_status();
 }
 

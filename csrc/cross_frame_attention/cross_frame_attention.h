@@ -24,6 +24,8 @@ struct CrossFrameAttentionParams {
   void* workspace = nullptr;        // cross_frame_attention_fwd_workspace() bytes, 64-byte aligned
 };
 
+inline constexpr int kLargestHeadDim = 256;
+
 struct CrossFrameAttentionBackwardParams {
   int64_t B = 0, T = 0, Tk = 0, P = 0, H = 0, D = 0, R = 0;
   DType dtype = DType::kFloat32;

@@ -19,8 +19,7 @@ using Params = CrossFrameAttentionBackwardParams;
 
 constexpr int64_t kSpan = 256;  // keys, and queries, of a task; part of the order of sums
 constexpr int kQueries = 96;    // rows of a panel
-constexpr int kLargestHeadDim = 256;
-constexpr int64_t kTasks = 8;  // of a round, per thread at least
+constexpr int64_t kTasks = 8;   // of a round, per thread at least
 constexpr int64_t kSums =
     8 << 20;  // bytes of sums that a group of heads may take, if tasks suffice
 
@@ -395,17 +394,7 @@ int64_t cross_frame_attention_bwd_workspace(const CrossFrameAttentionBackwardPar
 
 Status cross_frame_attention_bwd(const CrossFrameAttentionBackwardParams& params,
                                  const Executor& executor) {
-  switch (params.dtype) {
-    case DType::kFloat32:
-      run<float>(params, executor);
-      break;
-    case DType::kBFloat16:
-      run<BFloat16>(params, executor);
-      break;
-    case DType::kFloat16:
-      run<Float16>(params, executor);
-      break;
-  }
+  by_dtype(params.dtype, [&](auto value) { run<decltype(value)>(params, executor); });
   return ok_status();
 }
 

@@ -13,7 +13,7 @@ Status check_common(const Params& p) {
                        (long long)p.B, (long long)p.T, (long long)p.Tk, (long long)p.P,
                        (long long)p.H, (long long)p.R);
   }
-  if (p.D < 8 || p.D > 256 || p.D % 8 != 0) {
+  if (p.D < 8 || p.D > kLargestHeadDim || p.D % 8 != 0) {
     return make_status(
         StatusCode::kUnsupported,
         "cross_frame_attention: head dim must be a multiple of 8 in 8..256, got %lld",

@@ -404,17 +404,7 @@ int64_t trajectory_attention_bwd_workspace(const TrajectoryAttentionBackwardPara
 
 Status trajectory_attention_bwd(const TrajectoryAttentionBackwardParams& params,
                                 const Executor& executor) {
-  switch (params.dtype) {
-    case DType::kFloat32:
-      run<float>(params, executor);
-      break;
-    case DType::kBFloat16:
-      run<BFloat16>(params, executor);
-      break;
-    case DType::kFloat16:
-      run<Float16>(params, executor);
-      break;
-  }
+  by_dtype(params.dtype, [&](auto value) { run<decltype(value)>(params, executor); });
   return ok_status();
 }
 

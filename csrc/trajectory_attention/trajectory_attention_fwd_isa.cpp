@@ -141,17 +141,7 @@ int64_t trajectory_attention_fwd_workspace(const TrajectoryAttentionParams& para
 }
 
 Status trajectory_attention_fwd(const TrajectoryAttentionParams& params, const Executor& executor) {
-  switch (params.dtype) {
-    case DType::kFloat32:
-      run<float>(params, executor);
-      break;
-    case DType::kBFloat16:
-      run<BFloat16>(params, executor);
-      break;
-    case DType::kFloat16:
-      run<Float16>(params, executor);
-      break;
-  }
+  by_dtype(params.dtype, [&](auto value) { run<decltype(value)>(params, executor); });
   return ok_status();
 }
 

@@ -277,7 +277,9 @@ def run(arguments: argparse.Namespace) -> int:
         report.contact_sheet(folder / OUTPUTS[1], titled, notes, row=int(0.55 * H))
         (folder / OUTPUTS[2]).write_text(json.dumps(record, indent=1) + "\n")
         (folder / OUTPUTS[3]).write_text("\n".join([title, *parts]))
-    sys.stdout.write(f"\nlook at {out / 'contact_sheet.png'} and {out / 'before_after.mp4'}\n")
+    sys.stdout.write(
+        f"\nlook at {out / 'contact_sheet.png'} and {out / 'before_after.mp4'}; these tables: {out / 'report.md'}\n"
+    )
     return 0
 
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 import torch
 
 from zsvr_kernels import backends, validation
-from zsvr_kernels.links import ROUNDINGS, Links
+from zsvr_kernels.links import LINK_RULES, ROUNDINGS, Links
 from zsvr_kernels.ops.chain_links import registration  # noqa: F401  (defines torch.ops.zsvr.chain_links)
 from zsvr_kernels.ops.chain_links.reference import chain_links_reference, slot_frames
 from zsvr_kernels.trajectories import Trajectories
-
-LINK_RULES = ("nearest", "corners")
 
 
 def chain_links(

@@ -121,20 +121,8 @@ def _bwd_fake(
 
 
 @torch.library.register_fake("zsvr::cross_frame_attention_bwd_add", lib=_library)
-def _bwd_add_fake(
-    d_o: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    frames: Tensor,
-    scale: float,
-    backend: str,
-    dq: Tensor,
-    dk: Tensor,
-) -> Tensor:
-    check_one_device(d_o, q, k, v, o, lse, frames, dq, dk)
+def _bwd_add_fake(d_o: Tensor, q: Tensor, k: Tensor, v: Tensor, *others: Any) -> Tensor:
+    check_one_device(d_o, q, k, v, *(x for x in others if isinstance(x, Tensor)))
     return v.new_empty(v.shape)
 
 
