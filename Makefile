@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 OUT    ?= demo_out
+BUDGET ?= 540
 JOBS   ?= $(shell nproc 2>/dev/null || echo 2)
 
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h') CMakeLists.txt setup.py
@@ -18,7 +19,8 @@ help:
 	@echo "make format    rewrite sources to the project's format"
 	@echo "make sanitize  native tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make bench     measure against peers; writes bench/results/ (BENCH='--quick' for a smoke run)"
-	@echo "make gpu       GPU tests and measurements"
+	@echo "make gpu       GPU tests and measurements with PYTHON as it is; writes OUT=build/gpu, stops after BUDGET"
+	@echo "               seconds, goes on when called again (GPU=--dry tries the code on a CPU)"
 	@echo "make wheel     build a wheel in isolation into dist/"
 	@echo "make picture   make docs/contact_sheet.png, the README's picture, anew"
 	@echo "make clean     remove everything that was built"
@@ -76,8 +78,9 @@ sanitize: $(VENV)/.installed
 bench: setup
 	$(BIN)/python -m bench $(BENCH)
 
+# With the Python that is there, as it is: a machine with a GPU may have no network.
 gpu:
-	@echo "There are no GPU kernels in this version, so there is nothing to run yet."
+	@$(PYTHON) -m bench.gpu --out "$(if $(filter file,$(origin OUT)),build/gpu,$(OUT))" --budget $(BUDGET) $(GPU)
 
 wheel: $(VENV)/.installed
 	$(BIN)/python -m pip wheel -q --no-deps -w dist .

@@ -97,8 +97,9 @@ def test_operators_point_one_way():
         inside = f"zsvr_kernels.ops.{op}"
         for path in folder.glob("*.py"):
             names = imports(path)
-            if path.stem in ("cpu", "sdpa", "cuda"):
-                assert not any(name.startswith("zsvr_kernels.ops") for name in names), path
+            if path.stem in ("cpu", "sdpa", "sdpa_kernels", "cuda"):
+                used = [name for name in names if name.startswith("zsvr_kernels.ops")]
+                assert all(path.stem == "sdpa" and name.startswith(f"{inside}.sdpa_") for name in used), path
             if path.stem == "triton_launch":
                 used = [name for name in names if name.startswith("zsvr_kernels.ops")]
                 assert all(name.startswith(f"{inside}.triton_") for name in used), path
