@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ pytest.importorskip("pytest_benchmark")
 
 from bench import contest, shapes, workload  # noqa: E402
 from bench.gpu import ceilings, plan, processes, race, report, windows, worker  # noqa: E402
-from bench.gpu.machine import Host, best  # noqa: E402
+from bench.gpu.machine import Cuda, Host, best  # noqa: E402
 from bench.gpu.state import Deadline, State, source_hash  # noqa: E402
 
 
@@ -153,9 +155,9 @@ def test_without_a_gpu_it_says_what_is_missing(tmp_path):
 # ---- processes that die ----
 
 WORKER = """
-import os, sys, time
+import os, pathlib, sys, time
 from bench.gpu.state import State
-state = State({folder!r}, "print")
+state = State(pathlib.Path({folder!r}), "print")
 for name in ("dies", "sleeps", "is fine"):
     if state.get(name) is not None:
         continue
@@ -214,6 +216,97 @@ def test_junit_reports_are_read(tmp_path):
     found = processes.junit(xml)
     assert (found["tests"], found["failures"], found["skipped"], found["skips"]) == (3, 1, 1, ["no GPU"])
     assert found["failed"][0][0].endswith("test_b") and "assert 1 == 2" in found["failed"][0][1]
+
+
+# ---- the machine, without one ----
+
+
+class Clock:
+    now = 0.0
+
+
+class Event:
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = Clock.now
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: Event) -> float:
+        return (end.at - self.at) * 1e3
+
+
+class Graph:
+    def replay(self) -> None:
+        Clock.now += 2e-5
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """A Cuda machine whose events read a clock that calls and replays advance."""
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool, stream: contextlib.nullcontext())
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    machine = object.__new__(Cuda)
+    machine.device, machine.elapsed, machine.stream, machine._pool = torch.device("cuda", 0), 0.0, None, None
+    machine._flushed, machine._smi = torch.zeros(8, dtype=torch.uint8), "0"
+    return machine
+
+
+def test_a_contestant_is_timed_cold_warm_and_eager(cuda):
+    called = []
+
+    def call() -> None:
+        called.append(1)
+        Clock.now += 2e-4
+
+    prepared = cuda.prepare(call)
+    # Two to warm up and one timed; a graph of one call, one of as many as fill WARM_SECONDS.
+    assert prepared.why_not_graphed == "" and len(called) == 2 + 1 + 1 + 15
+    for timed, expected in ((prepared.cold, 2e-5), (prepared.warm, 2e-5 / 15), (prepared.eager, 2e-4)):
+        before = cuda.now()
+        timed()
+        assert cuda.now() - before == pytest.approx(expected)
+    assert bool((cuda._flushed == 1).all())
+    cuda.tidy()
+
+
+def test_what_cannot_be_captured_is_called(cuda, monkeypatch):
+    def refuse(graph, pool, stream):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    called = []
+    prepared = cuda.prepare(lambda: called.append(1))
+    assert prepared.why_not_graphed == "operation not permitted when stream is capturing"
+    before = len(called)
+    prepared.cold()
+    assert len(called) == before + 1
+
+
+def test_clocks_are_read_by_drivers_of_either_name(cuda, monkeypatch):
+    asked = []
+
+    def answer(command, **_):
+        asked.append(command[2])
+        old = "clocks_throttle_reasons.active" in command[2]
+        return subprocess.CompletedProcess(
+            command, 0 if old else 2, "1830, 2619, 41, 210.5, P0, 0x0\n" if old else "", ""
+        )
+
+    monkeypatch.setattr(subprocess, "run", answer)
+    assert cuda.clocks() == {
+        "clocks.sm": "1830", "clocks.mem": "2619", "temperature.gpu": "41", "power.draw": "210.5", "pstate": "P0",
+        "throttle_reasons": "0x0",
+    }  # fmt: skip
+    assert len(asked) == 2 and all(x.startswith("--query-gpu=") for x in asked)
+    monkeypatch.setattr(subprocess, "run", mock.Mock(side_effect=FileNotFoundError))
+    assert cuda.clocks() == {}
 
 
 # ---- cases ----
@@ -341,7 +434,7 @@ def test_the_report_says_first_what_is_red(result):
     )
     assert "chain_links adm-32" not in text[places[2] : text.index("## Peers left out")]
     assert "a \\| b" in text and "| atomics | not yet |" in text
-    assert report.summary(result).startswith("RED: 2 failures") and "1 steps left" in report.summary(result)
+    assert report.summary(result).startswith("RED: 2 failures") and "2 steps left" in report.summary(result)
 
 
 def test_roofs_are_the_slowest_resource(result):

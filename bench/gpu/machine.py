@@ -60,7 +60,7 @@ class Host:
             call()
             self.elapsed += time.perf_counter() - start
 
-        return Prepared(timed, timed, timed, "a CPU has no graphs")
+        return Prepared(timed, timed, timed)
 
     def peak_extra(self, call: Call) -> int | None:
         return memory.peak_extra(call)
@@ -84,8 +84,10 @@ class Cuda:
         self.elapsed = 0.0
         self.stream = torch.cuda.Stream()
         torch.cuda.set_stream(self.stream)
-        cache = torch.cuda.get_device_properties(self.device).L2_cache_size
-        self._flushed = torch.empty(max(256 << 20, 4 * cache), dtype=torch.uint8, device=self.device)
+        properties = torch.cuda.get_device_properties(self.device)
+        self._flushed = torch.empty(max(256 << 20, 4 * properties.L2_cache_size), dtype=torch.uint8, device=self.device)
+        # nvidia-smi counts devices by itself, whatever CUDA_VISIBLE_DEVICES says.
+        self._smi = f"GPU-{properties.uuid}" if hasattr(properties, "uuid") else str(self.device.index)
         self._pool = torch.cuda.graph_pool_handle()
 
     def now(self) -> float:
@@ -148,7 +150,7 @@ class Cuda:
         """Return clocks in MHz, what holds them down, temperature and power, as nvidia-smi says; nothing is set."""
         for throttle in THROTTLE_FIELDS:
             fields = (*CLOCK_FIELDS, throttle)
-            command = ["nvidia-smi", f"--id={self.device.index}", f"--query-gpu={','.join(fields)}",
+            command = ["nvidia-smi", f"--id={self._smi}", f"--query-gpu={','.join(fields)}",
                        "--format=csv,noheader,nounits"]  # fmt: skip
             try:
                 done = subprocess.run(command, capture_output=True, text=True, timeout=10)

@@ -1,7 +1,7 @@
 """The sdpa backend: the error budget in every dtype, its two ways through torch's kernel, and any strides.
 
-The GPU's kernels are called here on fake tensors, which know their signatures and shapes; everything around them is
-the same code as on the CPU.
+The GPU's kernels are called here on tensors without data, which know their signatures and shapes; everything around
+them is the same code as on the CPU.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import textwrap
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import zsvr_kernels as zk
 from zsvr_kernels import testing
@@ -171,28 +170,26 @@ def test_the_kernels_of_gpus_are_called_as_torch_declares_them(name):
     kernel = getattr(sdpa_kernels, name)
     T, P, H, D = 5, 33, 2, 40
     dtype = torch.float32 if name == "EFFICIENT" else torch.bfloat16
-    table = zk.neighbors(T).tolist()
-    with FakeTensorMode():
-        q, k, v, d_o = (torch.empty(1, T, P, H, D, dtype=dtype, device="cuda") for _ in range(4))
-        groups = sdpa.plan(table, T)
-        o, lse, rests = sdpa._forward(q, k, v, groups, 0.3, kernel)
-        assert o.shape == q.shape and lse.shape == (1, T, P, H) and lse.dtype == torch.float32
-        keys = sdpa._Stores(k)
-        for group, rest in zip(groups, rests, strict=True):
-            view = keys.windows(group, 0)
-            parts = kernel.backward(
-                sdpa._query_view(d_o, group)[0],
-                sdpa._query_view(q, group)[0],
-                view,
-                view,
-                sdpa._query_view(o, group)[0],
-                sdpa._query_view(lse[..., None], group)[0, ..., 0],
-                rest,
-                0.3,
-            )
-            assert [x.shape for x in parts] == [sdpa._query_view(q, group)[0].shape, view.shape, view.shape]
-            total = torch.zeros(T, P, H, D, device="cuda")
-            sdpa._add_windows(total, parts[1], group)
+    q, k, v, d_o = (torch.empty(1, T, P, H, D, dtype=dtype, device="meta") for _ in range(4))
+    groups = sdpa.plan(zk.neighbors(T).tolist(), T)
+    o, lse, rests = sdpa._forward(q, k, v, groups, 0.3, kernel)
+    assert o.shape == q.shape and lse.shape == (1, T, P, H) and lse.dtype == torch.float32
+    keys = sdpa._Stores(k)
+    for group, rest in zip(groups, rests, strict=True):
+        view = keys.windows(group, 0)
+        parts = kernel.backward(
+            sdpa._query_view(d_o, group)[0],
+            sdpa._query_view(q, group)[0],
+            view,
+            view,
+            sdpa._query_view(o, group)[0],
+            sdpa._query_view(lse[..., None], group)[0, ..., 0],
+            rest,
+            0.3,
+        )
+        assert [x.shape for x in parts] == [sdpa._query_view(q, group)[0].shape, view.shape, view.shape]
+        total = torch.zeros(T, P, H, D, device="meta")
+        sdpa._add_windows(total, parts[1], group)
 
 
 def test_an_lse_on_a_gpu_is_refused_where_its_kernels_do_not_go():
