@@ -37,6 +37,11 @@ def first(result: Any) -> Tensor:
     return result[0] if isinstance(result, tuple) else result.positions
 
 
+def reason(error: Exception) -> str:
+    """Return the first line of what an error says."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
 def _distance(x: Any, y: Any) -> float:
     x, y = first(x).detach().double(), first(y).detach().double()
     return float(torch.linalg.vector_norm(x - y) / torch.linalg.vector_norm(y).clamp(min=1e-30))
@@ -67,6 +72,7 @@ def enlist(
     record["left_out"] = dict(work.left_out)
 
     expected = work.contestants["ours"]()
+    record["output_bytes"] = first(expected).numel() * first(expected).element_size()
     running: Calls = {"ours": work.contestants["ours"]}
     for name, call in work.contestants.items():
         if name == "ours" or not wants(name):
@@ -75,8 +81,8 @@ def enlist(
             result = call()
             distance = 0.0 if name in VARIANTS or name in BASELINES else _distance(result, expected)
             del result
-        except (RuntimeError, NotImplementedError) as error:
-            record["left_out"][name] = str(error).splitlines()[0][:200]
+        except Exception as error:  # whatever a peer or its compiler raises
+            record["left_out"][name] = reason(error)
             continue
         if not distance <= AGREEMENT:
             record["left_out"][name] = f"its result differs by {distance:.1%}"
@@ -126,7 +132,5 @@ def run(case: Case, benchmark: Any, budget: Budget) -> dict[str, Any]:
         for name in running
         if name not in ("probe", "ours_forward", "ours_index")
     }
-    result = first(work.contestants["ours"]())
-    record["output_bytes"] = result.numel() * result.element_size()
     benchmark.extra_info["case"] = case.name
     return record

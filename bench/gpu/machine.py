@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from bench import memory
+from bench.contest import reason
 from zsvr_kernels import _triton
 
 MODES = ("cold", "warm", "eager")
@@ -38,7 +39,7 @@ class Prepared:
 
 
 class Host:
-    """The CPU in the GPU's place, timed by `time.perf_counter`: for trying the code out, not for results."""
+    """The CPU in the GPU's place: for trying the code out, not for results."""
 
     name = "dry run on a CPU"
 
@@ -55,10 +56,13 @@ class Host:
         pass
 
     def prepare(self, call: Call) -> Prepared:
+        """Time one call; every sample repeats that time, since an interpreted kernel takes seconds."""
+        start = time.perf_counter()
+        call()
+        seconds = time.perf_counter() - start
+
         def timed() -> None:
-            start = time.perf_counter()
-            call()
-            self.elapsed += time.perf_counter() - start
+            self.elapsed += seconds
 
         return Prepared(timed, timed, timed)
 
@@ -135,7 +139,7 @@ class Cuda:
             many = one if count == 1 else self._capture(call, count).replay
         except (RuntimeError, AssertionError) as error:
             self.synchronize()
-            why, one, many, count = str(error).splitlines()[0][:200], call, eagerly, calls
+            why, one, many, count = reason(error), call, eagerly, calls
         return Prepared(
             cold=lambda: self._timed(one, before=lambda: self._flushed.fill_(1)),
             warm=lambda: self._timed(many, count, before=many),

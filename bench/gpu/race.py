@@ -28,11 +28,11 @@ def run(case: Case, machine: Machine, group: str) -> dict[str, Any]:
     for name, call in running.items():
         try:
             prepared[name] = machine.prepare(call)
-        except RuntimeError as error:
+        except Exception as error:
             if name == "ours":
                 raise
             machine.tidy()
-            record["left_out"][name] = str(error).splitlines()[0][:200]
+            record["left_out"][name] = contest.reason(error)
     record["contestants"] = {name: {} for name in prepared}
     for mode in MODES:
         rounds = Rounds({name: getattr(p, mode) for name, p in prepared.items()}, machine.now)
@@ -51,6 +51,4 @@ def run(case: Case, machine: Machine, group: str) -> dict[str, Any]:
     record["peak_extra_bytes"] = {
         name: machine.peak_extra(running[name]) for name in record["contestants"] if name != "ours_forward"
     }
-    first = contest.first(running["ours"]())
-    record["output_bytes"] = first.numel() * first.element_size()
     return record

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bench.contest import reason
 from bench.gpu.machine import Machine, best
 from bench.peers import SDPA_BACKENDS
 from bench.shapes import DTYPES, LEVELS
@@ -80,6 +81,6 @@ def measure(machine: Machine, level: str, dtype: str, T: int) -> Record:
             record["compared"] = _compare(step(False), step(True))
         except RuntimeError as error:
             machine.synchronize()
-            record = {"error": str(error).splitlines()[0][:300]}
+            record = {"error": reason(error)}
         found[name] = record
     return {"level": level, "dtype": dtype, "T": T, "kernels": found}
