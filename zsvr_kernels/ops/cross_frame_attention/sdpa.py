@@ -248,7 +248,8 @@ def _kernel(q: Tensor, k: Tensor, v: Tensor, needs_grad: bool) -> Kernel | None:
     """Return the kernel that takes windows of these tensors, or None: what one frame says holds for all windows."""
     if not q.numel():
         return None
-    return choose(*(x[0, :1].transpose(1, 2) for x in (q, k, v)), needs_grad)
+    frame_q, frame_k, frame_v = (x[0, :1].transpose(1, 2) for x in (q, k, v))
+    return choose(frame_q, frame_k, frame_v, needs_grad)
 
 
 def cross_frame_attention_sdpa(
