@@ -244,14 +244,6 @@ def _gathered(q: Tensor, k: Tensor, v: Tensor, frames: Tensor, scale: float) -> 
     return o.masked_fill(all_absent[:, None, None, None], 0.0)
 
 
-def _kernel(q: Tensor, k: Tensor, v: Tensor, needs_grad: bool) -> Kernel | None:
-    """Return the kernel that takes windows of these tensors, or None: what one frame says holds for all windows."""
-    if not q.numel():
-        return None
-    frame_q, frame_k, frame_v = (x[0, :1].transpose(1, 2) for x in (q, k, v))
-    return choose(frame_q, frame_k, frame_v, needs_grad)
-
-
 def cross_frame_attention_sdpa(
     q: Tensor,  # [B, T, P, H, D]
     k: Tensor,  # [B, Tk, P, H, D]
@@ -262,9 +254,10 @@ def cross_frame_attention_sdpa(
 ) -> tuple[Tensor, Tensor]:
     """Return output and lse (empty where K and V are gathered); lse has no gradient here."""
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    kernel = groups = None
-    if not torch.compiler.is_compiling() and (kernel := _kernel(q, k, v, needs_grad)) is not None:
-        groups = _plan_of(frames, k.shape[1])
+    # Other devices are traced or fake: their values cannot be read either.
+    is_readable = not torch.compiler.is_compiling() and q.device.type in ("cpu", "cuda")
+    groups = _plan_of(frames, k.shape[1]) if is_readable else None
+    kernel = None if groups is None else choose(q, k, v, needs_grad)
     if groups is None or kernel is None:
         if return_lse:
             raise RuntimeError(

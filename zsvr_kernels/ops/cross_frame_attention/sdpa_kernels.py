@@ -75,17 +75,24 @@ FLASH = Kernel(_flash_forward, _flash_backward)
 EFFICIENT = Kernel(_efficient_forward, _efficient_backward)
 
 
-def choose(q: Tensor, k: Tensor, v: Tensor, needs_grad: bool) -> Kernel | None:
-    """Return the kernel that takes these windows, or None. On a GPU torch itself is asked, its switches included."""
+def choose(
+    q: Tensor,  # [B, T, P, H, D]
+    k: Tensor,  # [B, Tk, P, H, D]
+    v: Tensor,  # [B, Tk, P, H, D]
+    needs_grad: bool,
+) -> Kernel | None:
+    """Return the kernel that takes windows of these tensors, or None.
+
+    On a GPU torch itself is asked, its switches included; what it says of one frame holds for every window.
+    """
     if q.device.type == "cpu":
         return CPU
-    if q.device.type != "cuda" or torch.version.hip is not None:
+    if torch.version.hip is not None or q.shape[-1] % 8:
         return None
-    if needs_grad:  # the kernels' own conditions differ with and without a gradient
-        q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-    asked = SDPAParams(q, k, v, None, 0.0, False, False)
-    if q.dtype in HALVES and q.shape[-1] % 8 == 0 and can_use_flash_attention(asked):
+    if not q.shape[0]:
+        return EFFICIENT  # no clip, so nothing will be called
+    frames = [x[0, :1].transpose(1, 2).detach().requires_grad_(needs_grad) for x in (q, k, v)]
+    asked = SDPAParams(*frames, None, 0.0, False, False)
+    if q.dtype in HALVES and can_use_flash_attention(asked):
         return FLASH
-    if q.shape[-1] % 8 == 0 and can_use_efficient_attention(asked):
-        return EFFICIENT
-    return None
+    return EFFICIENT if can_use_efficient_attention(asked) else None
