@@ -91,8 +91,8 @@ def choose(
         return None
     if not q.shape[0]:
         return EFFICIENT  # no clip, so nothing will be called
-    frames = [x[0, :1].transpose(1, 2).detach().requires_grad_(needs_grad) for x in (q, k, v)]
-    asked = SDPAParams(*frames, None, 0.0, False, False)
+    frame_q, frame_k, frame_v = (x[0, :1].transpose(1, 2).detach().requires_grad_(needs_grad) for x in (q, k, v))
+    asked = SDPAParams(frame_q, frame_k, frame_v, None, 0.0, False, False)
     if q.dtype in HALVES and can_use_flash_attention(asked):
         return FLASH
     return EFFICIENT if can_use_efficient_attention(asked) else None
