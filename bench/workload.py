@@ -14,11 +14,10 @@ from torch import Tensor
 import zsvr_kernels as zk
 from bench import peers
 from bench.shapes import DTYPES, WINDOW, Case
-from zsvr_kernels import testing
+from zsvr_kernels import inverse_index, testing
 from zsvr_kernels.ops.chain_links.reference import chain_links_reference
 from zsvr_kernels.ops.correspondence_search.reference import correspondence_search_reference, link_score_reference
 from zsvr_kernels.ops.cross_frame_attention.reference import cross_frame_attention_reference
-from zsvr_kernels.ops.trajectory_attention import cpu as trajectory_cpu
 from zsvr_kernels.ops.trajectory_attention.reference import trajectory_attention_reference
 from zsvr_kernels.plain import PlainAttention
 from zsvr_kernels.sampling import nearest_site
@@ -199,10 +198,8 @@ def trajectory_attention(case: Case) -> Workload:
     directed = _directed(case, forwards, (q, k, v), d_o)
     gathered = 8 * samples * q.element_size()  # 4 corners of K and of V
     if case.direction != "fwd":
-        if case.device == "cpu":
-            trajectories.inverse(case.T)
-            directed["ours_index"] = lambda: trajectory_cpu.inverse(*tables, case.T)
-            return Workload(directed, check, left_out=left_out)
+        trajectories.inverse(case.T)
+        directed["ours_index"] = lambda: inverse_index.inverse(*tables, case.T)
         times = {"bwd": 2.0, "step": 3.0}[case.direction]  # the backward gathers K, V, then q, dO
         return Workload(directed, check, times * 20 * samples, times * gathered, left_out=left_out)
     traffic = 4.0 * q.numel() * q.element_size() + 9.0 * live.numel()

@@ -85,6 +85,25 @@ def test_a_forward_takes_no_more_than_its_result(name, cuda):
     assert extra <= 4 * T * 1024 * H + (2 << 20)
 
 
+@attentions
+def test_a_backward_takes_what_the_readme_says(name, cuda):
+    T, grid, H, D, L = 16, (32, 32), 8, 64, 5
+    P = grid[0] * grid[1]
+    attention = calls.attention(name, cuda, T, grid, L)
+    inputs = [x.requires_grad_() for x in calls.tokens(cuda, torch.bfloat16, (1, T, P, H, D))]
+    weight = calls.weights(inputs[0])[0].detach()
+    torch.autograd.grad(attention(*inputs), inputs, weight)  # records and index are kept
+    out = attention(*inputs)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    gradients = torch.autograd.grad(out, inputs, weight)
+    torch.cuda.synchronize()
+    extra = torch.cuda.max_memory_allocated() - before - sum(g.nbytes for g in gradients)
+    expected = 8 * T * P * H if name == "cross_frame_attention" else T * P * H * (8 * L + 4)
+    assert extra <= expected + (2 << 20)
+
+
 # ---- torch's own kernels on windows ----
 
 TABLES = {
