@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -86,7 +87,9 @@ def build(state: State, logs: pathlib.Path, deadline: Deadline, dry: bool) -> No
         if not outcome.startswith("built"):
             with contextlib.suppress(OSError):
                 module.unlink(missing_ok=True)
-    said = tail(log, 4) if outcome.startswith("no native") else ""
+    said = tail(log, 40) if outcome.startswith("no native") else ""
+    reason = re.search(r"no native module \((.*?)\); the pure", said, re.S)  # as setup.py puts it
+    said = reason[1] if reason else said[-300:]
     state.keep("build", "build", "done", time.monotonic() - start, result={"outcome": outcome, "said": said})
 
 
