@@ -250,7 +250,7 @@ def cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool, stream: contextlib.nullcontext())
-    for name in ("synchronize", "empty_cache"):
+    for name in ("synchronize", "empty_cache", "graph_pool_handle"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: None)
     machine = object.__new__(Cuda)
     machine.device, machine.elapsed, machine.stream, machine._pool = torch.device("cuda", 0), 0.0, None, None

@@ -92,7 +92,7 @@ class Cuda:
         self._flushed = torch.empty(max(256 << 20, 4 * properties.L2_cache_size), dtype=torch.uint8, device=self.device)
         # nvidia-smi counts devices by itself, whatever CUDA_VISIBLE_DEVICES says.
         self._smi = f"GPU-{properties.uuid}" if hasattr(properties, "uuid") else str(self.device.index)
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool = torch.cuda.graph_pool_handle()  # shared: nobody reads what a replay leaves
 
     def now(self) -> float:
         return self.elapsed
@@ -170,6 +170,7 @@ class Cuda:
         gc.collect()
         self.synchronize()
         torch.cuda.empty_cache()
+        self._pool = torch.cuda.graph_pool_handle()
 
 
 Machine = Cuda | Host

@@ -37,7 +37,7 @@ class Step:
 def _case(group: str, op: str, level: str, T: int, dtype: str, direction: str, variant: str = "") -> Step:
     case = Case(op, level, T, dtype, direction, 0, variant, "cuda", "triton")
     slow = group == "compiled"
-    return Step(f"{group} {op} {case.name}", "case", 30.0 if slow else 10.0, 180.0 if slow else 90.0, case, group)
+    return Step(f"{group} {op} {case.name}", "case", 30.0 if slow else 10.0, 180.0 if slow else 120.0, case, group)
 
 
 def _cases() -> list[list[Step]]:

@@ -20,7 +20,7 @@ from bench.gpu.state import Deadline, State
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 BUILD_SECONDS = 150.0
 TEST_SECONDS = 240.0
-TESTS_AT_ONCE = 4
+TESTS_AT_ONCE = 8  # most of their time is the compiler's
 GRACE = 3.0  # seconds beyond the deadline in which a step may still end
 BROKEN = 3  # exit status of a worker whose device no longer answers
 

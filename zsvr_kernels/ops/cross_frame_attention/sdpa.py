@@ -10,7 +10,6 @@ table and absent entries masked.
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from zsvr_kernels.ops.cross_frame_attention.sdpa_kernels import Kernel, choose
 from zsvr_kernels.validation import check_frame_values, refuse_double_backward
@@ -75,13 +75,12 @@ def plan(rows: list[list[int]], Tk: int) -> list[_Group]:
 
 
 class _Plan(NamedTuple):
-    table: weakref.ref[Tensor]
     version: int
     Tk: int
     groups: list[_Group]
 
 
-_plans: dict[int, _Plan] = {}  # by the id of a frame table, as long as it lives
+_plans: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # of frame tables, as long as they live
 
 
 def _plan_of(frames: Tensor, Tk: int) -> list[_Group] | None:
@@ -90,9 +89,9 @@ def _plan_of(frames: Tensor, Tk: int) -> list[_Group] | None:
     Only the first call with a table waits for the device; tensors made in inference mode count no changes, so
     their values are read every time.
     """
-    key, version = id(frames), None if frames.is_inference() else frames._version
-    kept = _plans.get(key)
-    if kept is not None and kept.table() is frames and (kept.version, kept.Tk) == (version, Tk):
+    version = None if frames.is_inference() else frames._version
+    kept = _plans.get(frames)
+    if kept is not None and (kept.version, kept.Tk) == (version, Tk):
         return kept.groups
     if frames.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return None
@@ -102,7 +101,7 @@ def _plan_of(frames: Tensor, Tk: int) -> list[_Group] | None:
         if group.storage == "gather":
             group.index = torch.tensor(group.sources, device=frames.device).flatten()
     if version is not None:
-        _plans[key] = _Plan(weakref.ref(frames, lambda _: _plans.pop(key, None)), version, Tk, groups)
+        _plans[frames] = _Plan(version, Tk, groups)
     return groups
 
 
