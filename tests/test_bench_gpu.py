@@ -20,7 +20,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 pytest.importorskip("pytest_benchmark")
 
-from bench import contest, shapes, workload  # noqa: E402
+from bench import contest, peers, shapes, workload  # noqa: E402
 from bench.gpu import ceilings, plan, processes, race, report, windows, worker  # noqa: E402
 from bench.gpu.machine import Cuda, Host, best  # noqa: E402
 from bench.gpu.state import Deadline, State, source_hash  # noqa: E402
@@ -354,6 +354,16 @@ def test_a_backward_runs_its_forward_once_and_only_if_it_takes_part():
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     record, _, running = contest.enlist(case("cross_frame_attention", "bwd"), lambda name: name == "eager")
     assert set(running) == {"ours", "eager"} and record["check"]["ok"]
+
+
+def test_peers_of_gpus_compute_the_operator():
+    q, k, v, _ = workload.tokens(case("cross_frame_attention"), grad=False)
+    rows = workload.zk.neighbors(3).long()
+    found = peers.on_cuda(q, k, v, rows)
+    assert {"sdpa_flash", "sdpa_cudnn", "sdpa_efficient", "flash_attn"} == set(found)
+    torch.testing.assert_close(found["sdpa_flash"](), peers.sdpa_on_concat(q, k, v, rows))  # a CPU has this one alone
+    with pytest.raises(RuntimeError):
+        found["sdpa_cudnn"]()
 
 
 def test_windows_overlap_and_are_what_they_say():
