@@ -1,0 +1,212 @@
+"""Which launches are gated and predicted: every operator at the shapes of bench/shapes.py, from metadata alone.
+
+Launches come from the operators' own ``plan_*`` functions on meta tensors, so what is compiled here is what a GPU
+would be given.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench import shapes
+from bench.shapes import WINDOW, Level
+from gates.checks import Expectation
+from gates.describe import Description
+from zsvr_kernels._triton import Launch
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+ATTENTION = ("cross_frame_attention", "trajectory_attention")
+# Beside the levels of real networks: the largest common head dim, and one that is padded in every kernel.
+LEVELS = shapes.LEVELS | {"wide-16": Level((16, 16), 8, 128), "padded-16": Level((16, 16), 4, 24)}
+NETWORKS = ("adm-32", "adm-16", "adm-8", "sd-64", "sd-32", "sd-16")
+T = 16
+
+
+@dataclass(frozen=True)
+class Case:
+    """An operator at a shape; ``variant`` tells apart what a direction has several of."""
+
+    op: str
+    level: str
+    T: int
+    dtype: str
+    direction: str
+    variant: str = ""
+
+    @property
+    def shape(self) -> Level:
+        return LEVELS[self.level]
+
+    @property
+    def P(self) -> int:
+        return self.shape.grid[0] * self.shape.grid[1]
+
+    @property
+    def C(self) -> int:
+        return self.shape.H * self.shape.D
+
+    @property
+    def window(self) -> int | None:
+        """Frames on either side that trajectories reach; None: all."""
+        return None if self.variant == "full" else WINDOW
+
+    @property
+    def L(self) -> int:
+        return self.T if self.window is None else 2 * self.window + 1
+
+    @property
+    def key(self) -> str:
+        name = f"{self.op}/{self.level}/T{self.T}/{self.dtype}/{self.direction}"
+        return f"{name}/{self.variant}" if self.variant else name
+
+
+def live_slots(case: Case) -> int:
+    """Return how many slots of all trajectories through one site lie in the clip, summed over frames."""
+    reach = case.T if case.window is None else case.window
+    return sum(min(case.T - 1, i + reach) - max(0, i - reach) + 1 for i in range(case.T))
+
+
+def gated() -> list[Case]:
+    """Return the cases whose launches are compiled, most common first."""
+    levels = (*NETWORKS, "wide-16", "padded-16")
+    found = [
+        Case(op, level, T, dtype, direction)
+        for dtype in DTYPES
+        for direction in ("fwd", "bwd")
+        for op in ATTENTION
+        for level in levels
+    ]
+    found += [
+        Case("cross_frame_attention", level, T, dtype, "bwd", variant)
+        for variant in ("add", "dlse")
+        for dtype in DTYPES
+        for level in ("adm-32", "sd-64")
+    ]
+    found += [Case("trajectory_attention", "adm-32", T, dtype, "bwd", "positions") for dtype in DTYPES]
+    found += [Case("chain_links", level, T, "fp32", "fwd", v) for level in ("adm-32", "adm-8") for v in ("", "records")]
+    found += [
+        Case(op, level, T, dtype, "fwd")
+        for op in shapes.SEARCHES
+        for dtype in DTYPES
+        for level in (*NETWORKS, "narrow-32", "narrow-32-r4")
+    ]
+    return found
+
+
+def measured() -> list[Case]:
+    """Return the cases that `bench` measures, without the whole layer, and every level in every dtype."""
+    found = {
+        Case(op, level, frames, dtype, direction, *variant): None
+        for op, lines in shapes.FULL.items()
+        if op != "slr_attention"
+        for level, frames, dtype, direction, _, *variant in lines
+    }
+    for dtype in DTYPES:
+        for level in (*NETWORKS, "adm-8-half"):
+            for direction in ("fwd", "bwd", "step"):
+                found |= {Case(op, level, T, dtype, direction): None for op in ATTENTION}
+                found[Case("trajectory_attention", level, T, dtype, direction, "full")] = None
+        for level in (*NETWORKS, "narrow-32", "narrow-32-r4"):
+            found |= {Case(op, level, T, dtype, "fwd"): None for op in shapes.SEARCHES}
+    for level in NETWORKS:
+        found |= {Case("chain_links", level, T, "fp32", "fwd", variant): None for variant in ("", "full")}
+    return list(found)
+
+
+# ---- launches ----
+
+
+def _launcher(op: str) -> Any:
+    return importlib.import_module(f"zsvr_kernels.ops.{op}.triton_launch")
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _tokens(case: Case, count: int) -> list[Tensor]:
+    shape = (1, case.T, case.P, case.shape.H, case.shape.D)
+    return [_meta(*shape, dtype=DTYPES[case.dtype]) for _ in range(count)]
+
+
+def _cross_frame_attention(case: Case, target: str) -> list[Launch]:
+    launcher, scale = _launcher(case.op), case.shape.D**-0.5
+    q, k, v, o, d_o, dq, dk = _tokens(case, 7)
+    frames = _meta(case.T, 2, dtype=torch.int32)
+    lse = _meta(1, case.T, case.P, case.shape.H)
+    if case.direction == "fwd":
+        return launcher.plan_fwd(q, k, v, frames, scale, None, target)[0]
+    dlse = lse if case.variant == "dlse" else None
+    into = (dq, dk) if case.variant == "add" else None
+    return launcher.plan_bwd(d_o, dlse, q, k, v, o, lse, frames, scale, (True,) * 3, into, target)[0]
+
+
+def _chain_links(case: Case, target: str) -> list[Launch]:
+    pairs = [_meta(1, case.T - 1, case.P, 2) for _ in range(2)]
+    checks = [_meta(1, case.T - 1, case.P, dtype=torch.bool) for _ in range(2)]
+    rules = (case.shape.grid, case.window, False, False)
+    return _launcher(case.op).plan_chain(*pairs, *checks, *rules, target, records=case.variant == "records")[0]
+
+
+_PLANS = {
+    "cross_frame_attention": _cross_frame_attention,
+    "chain_links": _chain_links,
+}
+
+
+@functools.cache
+def launches(case: Case, target: str) -> tuple[Launch, ...]:
+    """Return the launches of a case on a target, in order."""
+    if case.direction == "step":
+        parts = [Case(case.op, case.level, case.T, case.dtype, part, case.variant) for part in ("fwd", "bwd")]
+        return tuple(launch for part in parts for launch in launches(part, target))
+    return tuple(_PLANS[case.op](case, target))
+
+
+# ---- what is due ----
+
+_PLAIN, _ROWS = Expectation(), Expectation(rows=True)
+_PRODUCTS = Expectation(matrix=True, rows=True)
+DUE = {
+    "_cross_frame_attention_fwd_kernel": _PRODUCTS,
+    "_cross_frame_attention_bwd_dq_kernel": _PRODUCTS,
+    "_cross_frame_attention_bwd_dkv_kernel": _PRODUCTS,
+    "_inverse_frames_kernel": _PLAIN,
+    "_chain_links_kernel": _PLAIN,
+}
+# Constants that say what a problem is; the others say how a kernel goes about it.
+_PROBLEM = ("P", "H", "HEIGHT", "WIDTH", "ALIGN", "UNIT")
+
+
+def due(launch: Launch) -> Expectation:
+    """Return what is due of a launch's kernel; the matrix unit takes float32 only where the user opted in to TF32.
+
+    Raises:
+        KeyError: nothing was said of the kernel in `DUE`.
+    """
+    name = launch.kernel.fn.__name__
+    if name not in DUE:
+        raise KeyError(f"gates/cases.py does not say what is due of {name}")
+    expectation = DUE[name]
+    is_half = any(isinstance(x, Tensor) and x.element_size() == 2 for x in launch.arguments.values())
+    if expectation.matrix and not is_half and launch.arguments.get("PRECISION", "ieee") == "ieee":
+        return Expectation(rows=expectation.rows)
+    return expectation
+
+
+def configuration(description: Description) -> str:
+    """Return a text that is equal for compiles of one kernel in one committed configuration."""
+    constants = {
+        name: value
+        for name, value in description["constants"].items()
+        if name.isupper() and name not in _PROBLEM and not name.endswith(("_SITE", "_HEAD"))
+    }
+    pointers = [kind.replace("fp16", "bf16") for kind in description["signature"].values() if kind.startswith("*")]
+    return json.dumps([description["kernel"], constants, pointers, description["options"]], sort_keys=True)
