@@ -1,6 +1,6 @@
 """Compile every launch of the Triton kernels without a GPU, check what it became, and predict how long it takes.
 
-``python -m gates [--full | --predict] [--select TEXT] [--target sm_90 ...] [--versions 3.9 3.6] [--jobs N] [--out DIR]``
+``python -m gates [--full | --predict] [--select TEXT] [--target sm_90 ...] [--versions 3.9 3.6] [--jobs N] [--out D]``
 
 Exit status 1 if a kernel fails a gate; each failure says what was got and what is allowed.
 """

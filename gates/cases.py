@@ -90,6 +90,7 @@ def gated() -> list[Case]:
         for level in ("adm-32", "sd-64")
     ]
     found += [Case("trajectory_attention", "adm-32", T, dtype, "bwd", "positions") for dtype in DTYPES]
+    found += [Case("trajectory_records", "adm-32", T, dtype, "fwd") for dtype in ("bf16", "fp32")]
     found += [Case("chain_links", level, T, "fp32", "fwd", v) for level in ("adm-32", "adm-8") for v in ("", "records")]
     found += [
         Case(op, level, T, dtype, "fwd")
@@ -148,6 +149,32 @@ def _cross_frame_attention(case: Case, target: str) -> list[Launch]:
     return launcher.plan_bwd(d_o, dlse, q, k, v, o, lse, frames, scale, (True,) * 3, into, target)[0]
 
 
+def _trajectory_attention(case: Case, target: str) -> list[Launch]:
+    launcher, scale, grid = _launcher(case.op), case.shape.D**-0.5, case.shape.grid
+    q, k, v, d_o, out = _tokens(case, 5)
+    samples = (1, case.T, case.L, case.P)
+    positions, base = _meta(*samples, 2), _meta(*samples, dtype=torch.int32)
+    fractions = _meta(*samples, 2) if case.dtype == "fp32" else _meta(*samples, dtype=torch.int32)
+    frames = _meta(case.T, case.L, dtype=torch.int32)
+    lse = _meta(1, case.T, case.P, case.shape.H)
+    tables = ((base, fractions), frames)
+    if case.direction == "fwd":
+        return launcher.plan_fwd(q, k, v, *tables, grid, scale, out, lse, target)
+    # Whatever flow leaves of the four corners of every sample: a number that is no multiple of anything.
+    entries = 4 * live_slots(case) * case.P - 1
+    index = (_meta(case.T * case.P + 1, dtype=torch.int64), _meta(entries, dtype=torch.int32), _meta(entries))
+    needs = (True, True, True, case.variant == "positions")
+    return launcher.plan_bwd(d_o, None, q, k, v, lse, positions, *tables, index, grid, scale, needs, target)[1]
+
+
+def _trajectory_records(case: Case, target: str) -> list[Launch]:
+    samples = (1, case.T, case.L, case.P)
+    records = importlib.import_module("zsvr_kernels.records")
+    return records.plan_records(
+        _meta(*samples, 2), _meta(*samples, dtype=torch.bool), case.shape.grid, case.dtype == "fp32"
+    )[1]
+
+
 def _chain_links(case: Case, target: str) -> list[Launch]:
     pairs = [_meta(1, case.T - 1, case.P, 2) for _ in range(2)]
     checks = [_meta(1, case.T - 1, case.P, dtype=torch.bool) for _ in range(2)]
@@ -155,9 +182,30 @@ def _chain_links(case: Case, target: str) -> list[Launch]:
     return _launcher(case.op).plan_chain(*pairs, *checks, *rules, target, records=case.variant == "records")[0]
 
 
+def _features(case: Case) -> tuple[Tensor, Tensor]:
+    """Return features of adjacent frames as they are read in practice: views of one tensor."""
+    features = _meta(case.T, case.P, case.C, dtype=DTYPES[case.dtype])
+    return features[:-1], features[1:]
+
+
+def _correspondence_search(case: Case, target: str) -> list[Launch]:
+    centre = _meta(case.T - 1, case.P, 2, dtype=torch.int32)
+    level = case.shape
+    return _launcher(case.op).plan_search(*_features(case), centre, level.grid, level.radius, target)[0]
+
+
+def _link_score(case: Case, target: str) -> list[Launch]:
+    positions = _meta(case.T - 1, case.P, 2)
+    return _launcher("correspondence_search").plan_score(*_features(case), positions, case.shape.grid, target)[0]
+
+
 _PLANS = {
     "cross_frame_attention": _cross_frame_attention,
+    "trajectory_attention": _trajectory_attention,
+    "trajectory_records": _trajectory_records,
     "chain_links": _chain_links,
+    "correspondence_search": _correspondence_search,
+    "link_score": _link_score,
 }
 
 
@@ -179,7 +227,16 @@ DUE = {
     "_cross_frame_attention_bwd_dq_kernel": _PRODUCTS,
     "_cross_frame_attention_bwd_dkv_kernel": _PRODUCTS,
     "_inverse_frames_kernel": _PLAIN,
+    "_trajectory_attention_fwd_kernel": _ROWS,
+    "_trajectory_attention_bwd_queries_kernel": _ROWS,
+    "_trajectory_attention_bwd_sites_kernel": _ROWS,
+    "_trajectory_attention_bwd_samples_kernel": _ROWS,
+    "_trajectory_records_kernel": _PLAIN,
     "_chain_links_kernel": _PLAIN,
+    "_search_dense_kernel": _PRODUCTS,
+    "_search_one_by_one_kernel": _ROWS,
+    "_inverse_lengths_kernel": _ROWS,
+    "_link_score_kernel": _ROWS,
 }
 # Constants that say what a problem is; the others say how a kernel goes about it.
 _PROBLEM = ("P", "H", "HEIGHT", "WIDTH", "ALIGN", "UNIT")

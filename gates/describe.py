@@ -71,8 +71,16 @@ def specialise(x: Any, target: str, *, specialises: bool = True, aligns: bool = 
 
 
 def describe(launch: Launch, target: str) -> Description:
-    """Return the description of a compile: everything that code depends on but target and release of Triton."""
+    """Return the description of a compile: everything that code depends on but target and release of Triton.
+
+    Raises:
+        TypeError: arguments are not the kernel's parameters, or one has a type that no kernel takes.
+    """
     kernel = launch.kernel
+    unknown = launch.arguments.keys() - {parameter.name for parameter in kernel.params}
+    absent = [p.name for p in kernel.params if not p.has_default and p.name not in launch.arguments]
+    if unknown or absent:
+        raise TypeError(f"{kernel.fn.__name__}: not its parameters: {sorted(unknown)}; not given: {absent}")
     signature, constants, marks = {}, {}, {}
     for parameter in kernel.params:
         name = parameter.name

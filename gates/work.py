@@ -73,11 +73,110 @@ def _chain(a: dict[str, Any], blocks: int, case: Case) -> Work:
     )
 
 
+def _gathers(a: dict[str, Any], blocks: int, case: Case) -> Work:
+    """Return the work of a kernel that gathers K and V for tiles of queries, slot by slot."""
+    live = live_slots(case) / case.T  # slots of a query that lie in the clip
+    queries, size = a["TILE_H"] * a["TILE_W"], a["q"].element_size()
+    rows = blocks * live * a["HEADS"] * a["D"] * size * 2.0  # K and V of one site for every slot
+    record = 12 if a["EXACT"] else 8
+    return Work(
+        l1=rows * queries * 4,
+        # Where flow is smooth the cells of a tile's queries tile the source frame as the queries do theirs.
+        l2_rows=rows * (a["TILE_H"] + 1) * (a["TILE_W"] + 1) + blocks * live * queries * record,
+        exponentials=blocks * a["L"] * a["HEADS"] * queries * 2.0,
+        iterations=a["L"],
+        steps=a["L"] + 1,
+    )
+
+
+def _gather_pairs(a: dict[str, Any], blocks: int, case: Case) -> Work:
+    forward = _gathers(a, blocks, case)
+    stored = 8.0 * live_slots(case) * case.P * case.shape.H if a["NEEDS_PAIRS"] else 0.0
+    return dataclasses.replace(forward, l2=stored, exponentials=forward.exponentials / 2)
+
+
+def _gather_sites(a: dict[str, Any], blocks: int, case: Case) -> Work:
+    entries = 4.0 * live_slots(case) / case.T  # of a source site's row in the index, in the mean
+    height, width, size = a["TILE_H"], a["TILE_W"], a["q"].element_size()
+    sites = blocks * height * width
+    rows = sites * entries * a["HEADS"] * a["D"] * size * 2.0  # of q and d_o
+    steps = entries / a["ENTRIES"]
+    return Work(
+        l1=rows,
+        # The four corners of a query's cell lie in one tile, but for those along its border.
+        l2_rows=rows * (height + 1) * (width + 1) / (4 * height * width) + sites * entries * (12.0 * a["HEADS"] + 8.0),
+        iterations=steps,
+        steps=2 * steps,  # an entry, then the rows it names
+    )
+
+
+def _gather_positions(a: dict[str, Any], blocks: int, case: Case) -> Work:
+    rows = float(live_slots(case) * case.P * case.C * a["q"].element_size())
+    heads = case.shape.H / a["HEADS"]
+    reuse = (a["TILE_H"] + 1) * (a["TILE_W"] + 1) / (4 * a["TILE_H"] * a["TILE_W"])
+    return Work(l1=10 * rows, l2_rows=(2 + 8 * reuse) * rows, iterations=heads, steps=heads + 2)
+
+
+def _channels(a: dict[str, Any], case: Case) -> int:
+    return math.ceil(case.C / a["BLOCK_C"])
+
+
+def _lengths(a: dict[str, Any], blocks: int, case: Case) -> Work:
+    loops = 2 * _channels(a, case) - 1  # one for each of the two features
+    return Work(iterations=loops, steps=2)
+
+
+def _score(a: dict[str, Any], blocks: int, case: Case) -> Work:
+    rows = float((case.T - 1) * case.P * case.C * a["f_src"].element_size())
+    return Work(l1=5 * rows, l2_rows=5 * rows, iterations=_channels(a, case), steps=2)
+
+
+def _search_dense(a: dict[str, Any], blocks: int, case: Case) -> Work:
+    (Hg, Wg), reach, size = case.shape.grid, 2 * case.shape.radius + 1, a["f_src"].element_size()
+    queries = a["TILE_H"] * a["TILE_W"]
+    # The box around a tile's windows, one site wider than the tile where flow bends a little.
+    strips = math.ceil(min(Hg, a["TILE_H"] + reach) * min(Wg, a["TILE_W"] + reach) / a["STRIP"])
+    products = blocks * strips * queries * a["STRIP"] * case.C * 2.0
+    moved = blocks * strips * (queries + a["STRIP"]) * float(case.C * size)
+    return Work(
+        l2_rows=moved,
+        l1=moved,
+        mma=products,
+        mma_dtype="16" if size == 2 else "ieee",
+        iterations=strips * _channels(a, case),
+        steps=2 * strips,
+    )
+
+
+def _search_windows(a: dict[str, Any], blocks: int, case: Case) -> Work:
+    (Hg, Wg), reach, size = case.shape.grid, 2 * case.shape.radius + 1, a["f_src"].element_size()
+    window = min(Hg, reach) * min(Wg, reach)
+    queries = a["TILE_H"] * a["TILE_W"]
+    rounds = math.ceil(window / a["CANDIDATES"])
+    row = float(case.C * size)
+    return Work(
+        l1=blocks * queries * (window + rounds) * row,
+        l2_rows=blocks * ((a["TILE_H"] + reach - 1) * (a["TILE_W"] + reach - 1) + queries) * row,
+        mma=blocks * queries * rounds * a["CANDIDATES"] * case.C * 2.0,
+        mma_dtype="ieee",
+        iterations=rounds * _channels(a, case),
+        steps=rounds * _channels(a, case),
+    )
+
+
 KERNELS: dict[str, Callable[[dict[str, Any], int, Case], Work]] = {
     "_cross_frame_attention_fwd_kernel": _cross_frame_fwd,
     "_cross_frame_attention_bwd_dq_kernel": _cross_frame_dq,
     "_cross_frame_attention_bwd_dkv_kernel": _cross_frame_dkv,
+    "_trajectory_attention_fwd_kernel": _gathers,
+    "_trajectory_attention_bwd_queries_kernel": _gather_pairs,
+    "_trajectory_attention_bwd_sites_kernel": _gather_sites,
+    "_trajectory_attention_bwd_samples_kernel": _gather_positions,
     "_chain_links_kernel": _chain,
+    "_inverse_lengths_kernel": _lengths,
+    "_search_dense_kernel": _search_dense,
+    "_search_one_by_one_kernel": _search_windows,
+    "_link_score_kernel": _score,
 }
 
 

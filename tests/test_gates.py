@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import pathlib
+import re
 import sys
 from typing import Any
 
@@ -22,9 +23,9 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler.compiler import make_backend  # noqa: E402
 from triton.runtime.jit import create_function_from_signature  # noqa: E402
 
-from gates import checks, describe, model, pool, report, sass  # noqa: E402
+from gates import cases, checks, describe, model, pool, predictions, report, sass, work  # noqa: E402
 from gates.checks import Expectation  # noqa: E402
-from zsvr_kernels._triton import Launch, is_interpreted  # noqa: E402
+from zsvr_kernels._triton import SHARED_MEMORY, Launch, is_interpreted  # noqa: E402
 
 if is_interpreted:
     pytest.skip("an interpreted kernel cannot be compiled", allow_module_level=True)
@@ -97,6 +98,9 @@ def test_descriptions_are_json_and_named_by_content():
     assert describe.key(first) == describe.key(second)  # both are multiples of 16, which is all that code sees
     assert describe.key(first) != describe.key(describe.describe(product(128, 128, 64, n_k=1025), "sm_90"))
     assert describe.key(first | {"folder": "/elsewhere"}) == describe.key(first)
+    with pytest.raises(TypeError, match=r"not its parameters: \['p'\]; not given: \['D'\]"):
+        wrong = {name: x for name, x in rows(64).arguments.items() if name != "D"} | {"p": 1}
+        describe.describe(Launch(gated_kernels._rows_kernel, (1,), wrong), "sm_90")
     with pytest.raises(TypeError, match="Triton dtype, got list"):
         describe.describe(Launch(gated_kernels._rows_kernel, (1,), rows(64).arguments | {"D": [64]}), "sm_90")
 
@@ -318,3 +322,86 @@ def test_what_binds_and_what_does_not():
     assert model.predict(model.Work(mma=5e9, mma_dtype="tf32"), 100, None, ROOFS).terms["mma"] == pytest.approx(100)
     # 150 blocks on 100 multiprocessors: half of them work twice as long as the mean of 1.5 blocks would.
     assert model.predict(model.Work(mma=5e9), 150, None, ROOFS).terms["mma"] == pytest.approx(50 * 2 / 1.5)
+
+
+# ---- cases ----
+
+
+def kernels() -> set[str]:
+    files = (ROOT / "zsvr_kernels").rglob("triton_*.py")
+    return {name for path in files for name in re.findall(r"^def (_\w+_kernel)\(", path.read_text(), re.MULTILINE)}
+
+
+@pytest.mark.parametrize("target", SHARED_MEMORY)
+def test_every_kernel_is_gated_on_every_target(target):
+    found = {launch.kernel.fn.__name__ for case in cases.gated() for launch in cases.launches(case, target)}
+    assert found == kernels() == cases.DUE.keys()
+
+
+def test_launches_are_described_as_the_jit_specialises_them():
+    for target in ("sm_90", "gfx942"):
+        for case in cases.gated():
+            if case.dtype != "fp16":
+                for launch in cases.launches(case, target):
+                    assert_as_the_jit_specialises(launch, target)
+
+
+def test_float32_is_not_due_on_the_matrix_unit_unless_asked_for():
+    def due(dtype: str) -> Expectation:
+        return cases.due(cases.launches(cases.Case("cross_frame_attention", "adm-32", 2, dtype, "fwd"), "sm_90")[0])
+
+    assert due("bf16").matrix and not due("fp32").matrix and due("fp32").rows
+
+
+def test_a_kernel_of_which_nothing_was_said_is_refused():
+    with pytest.raises(KeyError, match="what is due of _rows_kernel"):
+        cases.due(rows(64))
+
+
+def test_slots_in_the_clip():
+    assert cases.live_slots(cases.Case("trajectory_attention", "adm-32", 16, "bf16", "fwd")) == 16 * 5 - 2 * (2 + 1)
+    assert cases.live_slots(cases.Case("trajectory_attention", "adm-32", 2, "bf16", "fwd")) == 4
+    assert cases.live_slots(cases.Case("trajectory_attention", "adm-32", 16, "bf16", "fwd", "full")) == 256
+
+
+# ---- predictions ----
+
+
+def test_work_of_launches_by_hand():
+    case = cases.Case("cross_frame_attention", "adm-32", 16, "bf16", "fwd")
+    (launch,) = cases.launches(case, "sm_90")
+    got = work.work(launch, case)
+    # 1024 queries of 16 frames and 8 heads against 2 * 1024 keys of 64 channels, absent ones at the ends included.
+    assert got.mma == 4 * 1024 * 2048 * 64 * 8 * 16 and got.exponentials == 1024 * 2048 * 8 * 16
+    tokens, lse, table = 16 * 1024 * 512 * 2, 16 * 1024 * 8 * 4, 16 * 2 * 4
+    assert got.hbm == 4 * tokens + lse + table
+    case = cases.Case("trajectory_attention", "adm-32", 16, "bf16", "fwd", "full")
+    (launch,) = cases.launches(case, "sm_90")
+    # 16 bytes for each sample and channel: 4 corners of K and of V.
+    assert work.work(launch, case).l1 == 16 * (16 * 16 * 1024) * 512
+
+
+def test_useful_work_by_hand():
+    case = cases.Case("cross_frame_attention", "adm-32", 16, "bf16", "bwd")
+    assert predictions.useful(case)["flops"] == 2.5 * 4 * 512 * 1024**2 * 30
+    assert predictions.peers(case) == {"fa3_like": 407, "concat_copies": 31}
+    assert predictions.peers(cases.Case("link_score", "adm-32", 16, "bf16", "fwd")) == {}
+
+
+def test_every_measured_case_has_a_committed_prediction():
+    whole = json.loads((ROOT / "bench" / "predictions.json").read_text())
+    assert whole["schema"] == predictions.SCHEMA and set(whole["roofs"]) == set(model.ROOFS)
+    assert {case.key for case in cases.measured()} <= whole["cases"].keys()
+    for name, entry in whole["cases"].items():
+        assert name.startswith(f"{entry['op']}/{entry['level']}/T{entry['T']}/{entry['dtype']}/{entry['direction']}")
+        assert set(entry["work"]) == {"flops", "exponentials", "bytes"} and all(k["compiled"] for k in entry["kernels"])
+        for machine in model.ROOFS:
+            got = entry["machines"][machine]
+            assert len(got["kernels"]) == len(entry["kernels"]) > 0 and got["bound"] in model.TERMS
+            assert got["us"] == pytest.approx(sum(kernel["us"] for kernel in got["kernels"]), abs=0.05)
+            assert got["us"] <= got["serial_us"] + 0.05
+            for kernel in got["kernels"]:
+                terms = dict(kernel["terms_us"])
+                launch = terms.pop("launch")
+                assert set(terms) | {"launch"} == set(model.TERMS)
+                assert kernel["us"] == pytest.approx(launch + max(terms.values()), abs=0.05)
