@@ -50,7 +50,7 @@ def provenance(exact: dict[str, str]) -> Row:
 def rows(targets: list[str], select: str, full: bool) -> list[Row]:
     """Return what is to be compiled, one row per description and target, with the cases that lead to it.
 
-    Without ``full``, the last row of `ALL`'s configurations is kept, and one row of every kernel elsewhere.
+    Without ``full``, one row of every kernel is kept, and on `ALL` one of each of its configurations.
     """
     found: dict[tuple[str, str], Row] = {}
     for target in targets:
