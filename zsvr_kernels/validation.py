@@ -73,6 +73,16 @@ def check_on_cpu(**tensors: Tensor | None) -> None:
             raise ValueError(f"{name} must have memory, got a storage of {x.untyped_storage().nbytes()} bytes")
 
 
+def _check_beside(owner: Tensor, **tensors: Tensor | None) -> None:
+    """Raise ValueError unless every tensor is on the device of ``owner``; on the CPU, with memory behind it."""
+    if owner.device.type == "cpu":
+        check_on_cpu(**tensors)
+        return
+    for name, x in tensors.items():
+        if x is not None:
+            check_device(name, x, owner)
+
+
 def check_int(name: str, value: object, minimum: int | None = None) -> int:
     """Return ``value`` as an int (NumPy's ints count, bools do not), at least ``minimum``."""
     if type(value) is not int:
@@ -376,17 +386,17 @@ def check_gradients(
         check_tensor("dlse", dlse, 4, "[B, T, P, H]")
         check_dtype("dlse", dlse, *FLOATS)
         check_shape("dlse", dlse, tuple(q.shape[:4]), "[B, T, P, H] of q")
-    check_on_cpu(d_o=d_o, dlse=dlse, lse=lse)
+    _check_beside(q, d_o=d_o, dlse=dlse, lse=lse)
     if len(needs) != wanted:
         raise ValueError(f"needs must have {wanted} entries, got {len(needs)}")
 
 
 def check_sum(name: str, target: Tensor, x: Tensor) -> None:
-    """Check a gradient ``[B, T, P, H, D]`` that native code adds to: of x's shape and dtype, contiguous, on the CPU."""
+    """Check a gradient ``[B, T, P, H, D]`` that a kernel adds to: of x's shape, dtype and device, contiguous."""
     check_tensor(name, target, 5, "[B, T, P, H, D]")
     check_dtype(name, target, x.dtype)
     check_shape(name, target, tuple(x.shape), "the shape of what it is the gradient of")
-    check_on_cpu(**{name: target})
+    _check_beside(x, **{name: target})
     if not target.is_contiguous():
         raise ValueError(f"{name} must be contiguous, got strides {tuple(target.stride())}")
 
