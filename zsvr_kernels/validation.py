@@ -298,7 +298,10 @@ def check_inverse(
     valid: Tensor,  # bool [B, T, L, P]
     Tk: int,
 ) -> None:
-    """Check an inverse index of the corner gather, values too: a kernel follows them as addresses."""
+    """Check an inverse index of the corner gather; on the CPU values too: a kernel follows them as addresses.
+
+    Elsewhere kernels hold themselves inside the index, and ``samples`` may go on behind the last row.
+    """
     B, T, L, P = valid.shape
     for name, x, dtype in zip(
         ("offsets", "samples", "weights"), index, (torch.int64, torch.int32, torch.float32), strict=True
@@ -308,9 +311,11 @@ def check_inverse(
         if not x.is_contiguous():
             raise ValueError(f"{name} must be contiguous, got strides {tuple(x.stride())}")
     offsets, samples, weights = index
-    check_on_cpu(offsets=offsets, samples=samples, weights=weights)
+    _check_beside(valid, offsets=offsets, samples=samples, weights=weights)
     check_shape("offsets", offsets, (B * Tk * P + 1,), "[B*Tk*P + 1]")
     check_shape("weights", weights, tuple(samples.shape), "as samples")
+    if valid.device.type != "cpu":
+        return
     if int(offsets[0]) != 0 or int(offsets[-1]) != samples.numel() or bool((offsets[1:] < offsets[:-1]).any()):
         raise ValueError(f"offsets must rise from 0 to the number of samples, {samples.numel()}")
     if samples.numel():

@@ -1,0 +1,184 @@
+"""Triton kernel of the backward of trajectory attention by queries: dq, and what the other two kernels start from."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from zsvr_kernels.ops.trajectory_attention.triton_samples import (
+    channels,
+    corner_weights,
+    dot,
+    fractions_of,
+    is_cell,
+    load_corners,
+    load_record,
+    mix,
+    over_channels,
+    tile_sites,
+    unpack,
+    words_of,
+)
+
+
+@triton.jit
+def _trajectory_attention_bwd_queries_kernel(
+    d_o,  # [B, T, P, H, D]
+    dlse,  # fp32 [B, T, P, H], read if HAS_DLSE
+    q,  # [B, T, P, H, D]
+    k,  # [B, Tk, P, H, D]
+    v,  # [B, Tk, P, H, D]
+    lse,  # fp32 [B, T, P, H]
+    base,  # int32 [Bp, T, L, P]
+    fractions,  # int32 [Bp, T, L, P] or fp32 [Bp, T, L, P, 2]
+    frames,  # int32 [T, L]
+    dq,  # [B, T, P, H, D], written if NEEDS_DQ
+    pairs,  # fp32 [clips, T, L, P, 2, H], written if NEEDS_PAIRS
+    delta,  # fp32 [clips, T, P, H], likewise
+    d_o_b,  # strides, in units of UNIT words
+    d_o_t,
+    d_o_p,
+    d_o_h,
+    q_b,
+    q_t,
+    q_p,
+    q_h,
+    k_b,
+    k_t,
+    v_b,
+    v_t,
+    scale,
+    first_clip,
+    Bp,
+    T,
+    Tk,
+    L,
+    K_P: tl.constexpr,  # in words
+    K_H: tl.constexpr,
+    V_P: tl.constexpr,
+    V_H: tl.constexpr,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    WORDS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HEADS: tl.constexpr,
+    TILE_H: tl.constexpr,
+    TILE_W: tl.constexpr,
+    UNIT: tl.constexpr,
+    KIND: tl.constexpr,
+    EXACT: tl.constexpr,
+    HAS_DLSE: tl.constexpr,
+    NEEDS_DQ: tl.constexpr,
+    NEEDS_PAIRS: tl.constexpr,
+):
+    # Computes: p_l = exp(z_l - lse) and g_l = dO . V_l of every sample; delta = sum p_l g_l - dlse; dq.
+    # Grid: (clips * T * (H / HEADS) * tiles of sites,), as the forward's.
+    # Tiles: [HEADS, TILE_H * TILE_W queries, BLOCK words]
+    # Traffic: the forward's gathers; 8 bytes written for each sample and head.
+    # Numerics: float32. delta is known after the last slot only, so dq = scale (sum p g K - delta sum p K).
+    P: tl.constexpr = HEIGHT * WIDTH
+    TILES: tl.constexpr = ((HEIGHT + TILE_H - 1) // TILE_H) * ((WIDTH + TILE_W - 1) // TILE_W)
+    GROUPS: tl.constexpr = H // HEADS
+    Q: tl.constexpr = TILE_H * TILE_W
+    LOG2_E: tl.constexpr = 1.4426950408889634
+    pid = tl.program_id(0)
+    i_tile = pid % TILES
+    i_group = (pid // TILES) % GROUPS
+    i_ct = pid // (TILES * GROUPS)
+    i_t = i_ct % T
+    i_b = first_clip + i_ct // T
+    b64 = i_b.to(tl.int64)
+    t64 = i_t.to(tl.int64)
+    d_o = words_of(d_o, KIND)
+    q = words_of(q, KIND)
+    k = words_of(k, KIND)
+    v = words_of(v, KIND)
+
+    o_site, m_q = tile_sites(i_tile, HEIGHT, WIDTH, TILE_H, TILE_W)
+    o_head = i_group * HEADS + tl.arange(0, HEADS)
+    o_c = tl.arange(0, BLOCK)
+    m_tile = over_channels(m_q, o_c, WORDS, BLOCK)
+    # [HEADS, Q, BLOCK]
+    o_tile = (o_head * (q_h * UNIT))[:, None, None] + (o_site * (q_p * UNIT))[None, :, None] + o_c[None, None, :]
+    p_q = q + (b64 * q_b + t64 * q_t) * UNIT
+    q_even, q_odd = unpack(tl.load(p_q + o_tile, mask=m_tile, other=0), KIND)
+    o_tile = (o_head * (d_o_h * UNIT))[:, None, None] + (o_site * (d_o_p * UNIT))[None, :, None] + o_c[None, None, :]
+    p_do = d_o + (b64 * d_o_b + t64 * d_o_t) * UNIT
+    do_even, do_odd = unpack(tl.load(p_do + o_tile, mask=m_tile, other=0), KIND)
+    # [HEADS, Q]
+    o_row = o_site[None, :] * H + o_head[:, None]
+    bt64 = (b64 * T + i_t) * (P * H)
+    b_lse = tl.load(lse + bt64 + o_row, mask=m_q[None, :], other=0.0)
+    b_lse = tl.where(b_lse == float("-inf"), 0.0, b_lse) * LOG2_E
+
+    p_k = k + (b64 * k_b * UNIT + i_group * (HEADS * K_H))
+    p_v = v + (b64 * v_b * UNIT + i_group * (HEADS * V_H))
+    o_kh = (tl.arange(0, HEADS) * K_H)[:, None, None]
+    o_vh = (tl.arange(0, HEADS) * V_H)[:, None, None]
+    row = ((i_b % Bp) * T + i_t).to(tl.int64) * L * P
+    p_base = base + row
+    p_fractions = fractions + (2 * row if EXACT else row)
+    p_frames = frames + i_t * L
+    p_pairs = pairs + i_ct.to(tl.int64) * L * (P * 2 * H)
+    o_pair = o_site[None, :] * (2 * H) + o_head[:, None]
+
+    b_delta = tl.zeros([HEADS, Q], tl.float32)
+    pk_even = tl.zeros([HEADS, Q, BLOCK], tl.float32)
+    pk_odd = tl.zeros([HEADS, Q, BLOCK], tl.float32)
+    pgk_even = tl.zeros([HEADS, Q, BLOCK], tl.float32)
+    pgk_odd = tl.zeros([HEADS, Q, BLOCK], tl.float32)
+    cell, first, second = load_record(p_base, p_fractions, o_site, m_q, EXACT)
+    o_next = o_site
+    for i_l in range(0, L):
+        frame = tl.load(p_frames + i_l)
+        is_live = is_cell(cell, HEIGHT, WIDTH) & (frame >= 0) & (frame < Tk)
+        fx, fy = fractions_of(first, second, EXACT)
+        w0, w1, w2, w3 = corner_weights(fx, fy, is_live, HEIGHT, WIDTH)
+        m0 = over_channels(w0 > 0.0, o_c, WORDS, BLOCK)
+        m1 = over_channels(w1 > 0.0, o_c, WORDS, BLOCK)
+        m2 = over_channels(w2 > 0.0, o_c, WORDS, BLOCK)
+        m3 = over_channels(w3 > 0.0, o_c, WORDS, BLOCK)
+        f64 = frame.to(tl.int64)
+        p_kc = p_k + f64 * k_t * UNIT + ((cell * K_P)[None, :, None] + o_c[None, None, :]) + o_kh
+        p_vc = p_v + f64 * v_t * UNIT + ((cell * V_P)[None, :, None] + o_c[None, None, :]) + o_vh
+        k0, k1, k2, k3 = load_corners(p_kc, K_P, WIDTH * K_P, m0, m1, m2, m3, HEIGHT, WIDTH)
+        v0, v1, v2, v3 = load_corners(p_vc, V_P, WIDTH * V_P, m0, m1, m2, m3, HEIGHT, WIDTH)
+        o_next += P
+        cell, first, second = load_record(p_base, p_fractions, o_next, m_q & (o_next < L * P), EXACT)
+        w0 = w0[None, :, None]
+        w1 = w1[None, :, None]
+        w2 = w2[None, :, None]
+        w3 = w3[None, :, None]
+        k_even, k_odd = mix(k0, k1, k2, k3, w0, w1, w2, w3, HEIGHT, WIDTH, KIND)
+        v_even, v_odd = mix(v0, v1, v2, v3, w0, w1, w2, w3, HEIGHT, WIDTH, KIND)
+        # [HEADS, Q]
+        b_z = dot(q_even, q_odd, k_even, k_odd, KIND) * (scale * LOG2_E)
+        b_g = dot(do_even, do_odd, v_even, v_odd, KIND)
+        b_p = tl.exp2(tl.where(is_live[None, :], b_z - b_lse, float("-inf")))
+        b_pg = b_p * b_g
+        b_delta += b_pg
+        if NEEDS_PAIRS:
+            tl.store(p_pairs + o_pair, b_p, mask=m_q[None, :])
+            tl.store(p_pairs + (o_pair + H), b_g, mask=m_q[None, :])
+            p_pairs += P * 2 * H
+        if NEEDS_DQ:
+            b_p = b_p[:, :, None]
+            b_pg = b_pg[:, :, None]
+            pk_even += b_p * k_even
+            pk_odd += b_p * k_odd
+            pgk_even += b_pg * k_even
+            pgk_odd += b_pg * k_odd
+
+    if HAS_DLSE:
+        b_delta -= tl.load(dlse + bt64 + o_row, mask=m_q[None, :], other=0.0)
+    if NEEDS_PAIRS:
+        tl.store(delta + i_ct.to(tl.int64) * (P * H) + o_row, b_delta, mask=m_q[None, :])
+    if NEEDS_DQ:
+        b_delta = b_delta[:, :, None]
+        b_dq = channels(pgk_even - b_delta * pk_even, pgk_odd - b_delta * pk_odd, KIND) * scale
+        SPAN: tl.constexpr = BLOCK if KIND == 0 else 2 * BLOCK
+        o_d = tl.arange(0, SPAN)
+        o_tile = (o_site * (H * D))[None, :, None] + (o_head * D)[:, None, None] + o_d[None, None, :]
+        tl.store(dq + bt64 * D + o_tile, b_dq.to(dq.dtype.element_ty), mask=over_channels(m_q, o_d, D, SPAN))
