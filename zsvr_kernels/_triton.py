@@ -81,6 +81,16 @@ def refusal(device: str, dtype: torch.dtype) -> str | None:
     return None
 
 
+def check_runs(op: str, **tensors: Tensor) -> None:
+    """Raise ValueError unless Triton kernels may follow these tensors' addresses; the first one decides the dtype."""
+    first = next(iter(tensors.values()))
+    if (reason := refusal(first.device.type, first.dtype)) is not None:
+        raise ValueError(f"{op}: backend 'triton' cannot run this call: {reason}")
+    for name, x in tensors.items():
+        if x.numel() and not x.data_ptr():
+            raise ValueError(f"{name} must have memory, got a storage of {x.untyped_storage().nbytes()} bytes")
+
+
 def input_precision(dtype: torch.dtype) -> str:
     """Return how float32 operands enter a matrix product: exactly, or as TF32 where the user opted in.
 
@@ -99,7 +109,8 @@ class Launch:
         kernel: the ``@triton.jit`` function.
         grid: number of programs, up to three axes; only the first may pass 65535.
         arguments: every parameter of the kernel by name, constants included. Tensors are passed as pointers.
-        options: ``num_warps``, ``num_stages`` and what else the compiler takes.
+        options: ``num_warps``, ``num_stages`` and what else the compiler takes. Contraction of a*b+c is allowed unless
+            ``enable_fp_fusion`` is False.
     """
 
     kernel: Any
@@ -111,8 +122,9 @@ class Launch:
         """Launch on the current stream of the tensors' device; nothing is launched for an empty grid."""
         if 0 in self.grid:
             return
-        # Contraction of a*b+c is wanted, and said here: Triton's default for it depends on the environment.
-        call = functools.partial(self.kernel[self.grid], **self.arguments, **self.options, enable_fp_fusion=True)
+        # Contraction of a*b+c is said here: Triton's own default for it depends on the environment.
+        options = {"enable_fp_fusion": True, **self.options}
+        call = functools.partial(self.kernel[self.grid], **self.arguments, **options)
         device = next(x.device for x in self.arguments.values() if isinstance(x, Tensor))
         if device.type != "cuda" or device.index == torch.cuda.current_device():
             call()

@@ -34,7 +34,7 @@ def chain_links(
         rounding: ``"nearest"`` rounds every link to a site first.
         link_rule: the link taken from a sub-pixel position is valid if it is valid at the ``"nearest"`` site, or
             at all ``"corners"`` of non-zero weight.
-        backend: ``"auto"``, ``"reference"`` or ``"cpu"``.
+        backend: ``"auto"``, ``"reference"``, ``"cpu"`` or ``"triton"``; see `explain`.
 
     Returns:
         Trajectories, 9 bytes for each of ``B*T*L*P`` slots. No gradient flows through.
