@@ -10,7 +10,7 @@ from zsvr_kernels.ops.trajectory_attention.triton_samples import (
     corner_weights,
     dot,
     fractions_of,
-    is_cell,
+    is_inside,
     load_corners,
     load_record,
     mix,
@@ -77,7 +77,8 @@ def _trajectory_attention_bwd_queries_kernel(
     # Grid: (clips * T * (H / HEADS) * tiles of sites,), as the forward's.
     # Tiles: [HEADS, TILE_H * TILE_W queries, BLOCK words]
     # Traffic: the forward's gathers; 8 bytes written for each sample and head.
-    # Numerics: float32. delta is known after the last slot only, so dq = scale (sum p g K - delta sum p K).
+    # Numerics: float32. delta is known after the last slot only, so dq = scale (sum p g K - delta sum p K); in a float32
+    #   call (EXACT) g counts from that of the most probable slot so far, or the difference would lose digits.
     P: tl.constexpr = HEIGHT * WIDTH
     TILES: tl.constexpr = ((HEIGHT + TILE_H - 1) // TILE_H) * ((WIDTH + TILE_W - 1) // TILE_W)
     GROUPS: tl.constexpr = H // HEADS
@@ -100,14 +101,14 @@ def _trajectory_attention_bwd_queries_kernel(
     o_head = i_group * HEADS + tl.arange(0, HEADS)
     o_c = tl.arange(0, BLOCK)
     m_tile = over_channels(m_q, o_c, WORDS, BLOCK)
-    # [HEADS, Q, BLOCK]
+    # Tile: [HEADS, Q, BLOCK].
     o_tile = (o_head * (q_h * UNIT))[:, None, None] + (o_site * (q_p * UNIT))[None, :, None] + o_c[None, None, :]
     p_q = q + (b64 * q_b + t64 * q_t) * UNIT
     q_even, q_odd = unpack(tl.load(p_q + o_tile, mask=m_tile, other=0), KIND)
     o_tile = (o_head * (d_o_h * UNIT))[:, None, None] + (o_site * (d_o_p * UNIT))[None, :, None] + o_c[None, None, :]
     p_do = d_o + (b64 * d_o_b + t64 * d_o_t) * UNIT
     do_even, do_odd = unpack(tl.load(p_do + o_tile, mask=m_tile, other=0), KIND)
-    # [HEADS, Q]
+    # Tile: [HEADS, Q].
     o_row = o_site[None, :] * H + o_head[:, None]
     bt64 = (b64 * T + i_t) * (P * H)
     b_lse = tl.load(lse + bt64 + o_row, mask=m_q[None, :], other=0.0)
@@ -125,6 +126,9 @@ def _trajectory_attention_bwd_queries_kernel(
     o_pair = o_site[None, :] * (2 * H) + o_head[:, None]
 
     b_delta = tl.zeros([HEADS, Q], tl.float32)
+    b_sum = tl.zeros([HEADS, Q], tl.float32)
+    b_most = tl.zeros([HEADS, Q], tl.float32)
+    b_centre = tl.zeros([HEADS, Q], tl.float32)
     pk_even = tl.zeros([HEADS, Q, BLOCK], tl.float32)
     pk_odd = tl.zeros([HEADS, Q, BLOCK], tl.float32)
     pgk_even = tl.zeros([HEADS, Q, BLOCK], tl.float32)
@@ -133,7 +137,7 @@ def _trajectory_attention_bwd_queries_kernel(
     o_next = o_site
     for i_l in range(0, L):
         frame = tl.load(p_frames + i_l)
-        is_live = is_cell(cell, HEIGHT, WIDTH) & (frame >= 0) & (frame < Tk)
+        is_live = is_inside(cell, frame, Tk, HEIGHT, WIDTH)
         fx, fy = fractions_of(first, second, EXACT)
         w0, w1, w2, w3 = corner_weights(fx, fy, is_live, HEIGHT, WIDTH)
         m0 = over_channels(w0 > 0.0, o_c, WORDS, BLOCK)
@@ -153,11 +157,21 @@ def _trajectory_attention_bwd_queries_kernel(
         w3 = w3[None, :, None]
         k_even, k_odd = mix(k0, k1, k2, k3, w0, w1, w2, w3, HEIGHT, WIDTH, KIND)
         v_even, v_odd = mix(v0, v1, v2, v3, w0, w1, w2, w3, HEIGHT, WIDTH, KIND)
-        # [HEADS, Q]
+        # Tile: [HEADS, Q].
         b_z = dot(q_even, q_odd, k_even, k_odd, KIND) * (scale * LOG2_E)
         b_g = dot(do_even, do_odd, v_even, v_odd, KIND)
         b_p = tl.exp2(tl.where(is_live[None, :], b_z - b_lse, float("-inf")))
-        b_pg = b_p * b_g
+        if EXACT:
+            b_next = tl.where(b_p > b_most, b_g, b_centre)
+            b_move = b_centre - b_next
+            b_centre = b_next
+            b_most = tl.maximum(b_most, b_p)
+            b_delta += b_move * b_sum
+            b_sum += b_p
+            if NEEDS_DQ:
+                pgk_even += b_move[:, :, None] * pk_even
+                pgk_odd += b_move[:, :, None] * pk_odd
+        b_pg = b_p * (b_g - b_centre)
         b_delta += b_pg
         if NEEDS_PAIRS:
             tl.store(p_pairs + o_pair, b_p, mask=m_q[None, :])
@@ -174,7 +188,7 @@ def _trajectory_attention_bwd_queries_kernel(
     if HAS_DLSE:
         b_delta -= tl.load(dlse + bt64 + o_row, mask=m_q[None, :], other=0.0)
     if NEEDS_PAIRS:
-        tl.store(delta + i_ct.to(tl.int64) * (P * H) + o_row, b_delta, mask=m_q[None, :])
+        tl.store(delta + i_ct.to(tl.int64) * (P * H) + o_row, b_delta + b_centre, mask=m_q[None, :])
     if NEEDS_DQ:
         b_delta = b_delta[:, :, None]
         b_dq = channels(pgk_even - b_delta * pk_even, pgk_odd - b_delta * pk_odd, KIND) * scale

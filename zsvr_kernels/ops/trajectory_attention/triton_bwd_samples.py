@@ -7,7 +7,7 @@ import triton.language as tl
 
 from zsvr_kernels.ops.trajectory_attention.triton_samples import (
     corner_weights,
-    is_cell,
+    is_inside,
     load_corners,
     over_channels,
     tile_sites,
@@ -83,9 +83,8 @@ def _trajectory_attention_bwd_samples_kernel(
     o_site, m_q = tile_sites(i_tile, HEIGHT, WIDTH, TILE_H, TILE_W)
     o_sample = i_row.to(tl.int64) * P + o_site
     frame = tl.load(frames + i_tl)
-    is_frame = (frame >= 0) & (frame < Tk)
     cell = tl.load(base + o_sample, mask=m_q, other=-1)
-    is_live = is_cell(cell, HEIGHT, WIDTH) & is_frame
+    is_live = is_inside(cell, frame, Tk, HEIGHT, WIDTH)
     x = tl.load(positions + 2 * o_sample, mask=is_live, other=0.0)
     y = tl.load(positions + 2 * o_sample + 1, mask=is_live, other=0.0)
     fx = tl.minimum(tl.maximum(x, 0.0), WIDTH - 1.0) - (cell % WIDTH).to(tl.float32)
@@ -106,7 +105,7 @@ def _trajectory_attention_bwd_samples_kernel(
     b_y = tl.zeros([HEADS, TILE_H * TILE_W, BLOCK_D], tl.float32)
     # The first clip of this launch that reads entry i_bp.
     first = first_clip + (i_bp - first_clip % Bp + Bp) % Bp
-    stop = tl.where(is_frame, stop_clip, first)
+    stop = tl.where(frame.to(tl.uint32, bitcast=True) < Tk, stop_clip, first)
     i_b64 = first.to(tl.int64)
     for _ in range(first, stop, Bp):
         b64 = i_b64 * UNIT
@@ -120,7 +119,7 @@ def _trajectory_attention_bwd_samples_kernel(
         p_delta = delta + (c64 * T + i_t) * (P * H)
         for i_h in range(0, H, HEADS):
             o_head = i_h + tl.arange(0, HEADS)
-            # [HEADS, Q]
+            # Tile: [HEADS, Q].
             o_pair = o_site[None, :] * (2 * H) + o_head[:, None]
             b_p = tl.load(p_pairs + o_pair, mask=is_live[None, :], other=0.0)
             b_g = tl.load(p_pairs + (o_pair + H), mask=is_live[None, :], other=0.0)
@@ -128,7 +127,7 @@ def _trajectory_attention_bwd_samples_kernel(
             b_delta = tl.load(p_delta + o_delta, mask=is_live[None, :], other=0.0)
             b_ds = (b_p * (b_g - b_delta) * scale)[:, :, None]
             b_p = b_p[:, :, None]
-            # [HEADS, Q, BLOCK_D]
+            # Tile: [HEADS, Q, BLOCK_D].
             o_tile = (o_head * (q_h * UNIT))[:, None, None] + (o_site * (q_p * UNIT))[None, :, None]
             b_q = tl.load(p_q + (o_tile + o_d[None, None, :]), mask=m_qd, other=0.0).to(tl.float32) * b_ds
             o_tile = (o_head * (d_o_h * UNIT))[:, None, None] + (o_site * (d_o_p * UNIT))[None, :, None]

@@ -59,8 +59,8 @@ def _trajectory_attention_bwd_sites_kernel(
 ):
     # Computes: dk[site] = sum w scale p (g - delta) q and dv[site] = sum w p dO over the samples that read the site.
     # Grid: (clips * Tk * (H / HEADS) * tiles of sites,), tiles innermost.
-    # Tiles: [ENTRIES, HEADS, TILE_H * TILE_W source sites, BLOCK words]; a program runs as long as its longest row. Rows
-    #   list samples in one order, so neighbouring sites meet the same queries at about the same time.
+    # Tiles: [ENTRIES, HEADS, TILE_H * TILE_W source sites, BLOCK words]; a program runs as long as its longest row.
+    #   Rows list samples in one order, so neighbouring sites meet the same queries at about the same time.
     # Traffic: 2 D elements and 12 bytes for each entry and head, 8 bytes for each entry and program; dk, dv once.
     # Numerics: float32 sums in the order of the index.
     P: tl.constexpr = HEIGHT * WIDTH
@@ -99,7 +99,7 @@ def _trajectory_attention_bwd_sites_kernel(
     dv_even = tl.zeros([HEADS, S, BLOCK], tl.float32)
     dv_odd = tl.zeros([HEADS, S, BLOCK], tl.float32)
     for n in range(0, longest, ENTRIES):
-        # [ENTRIES, S]
+        # Tile: [ENTRIES, S].
         o_n = n + tl.arange(0, ENTRIES)
         m_n = o_n[:, None] < count[None, :]
         o_entry = begin[None, :] + o_n[:, None]
@@ -112,7 +112,7 @@ def _trajectory_attention_bwd_sites_kernel(
         # il < 2^21 where IS_SHORT: the quotient is then never near enough to an integer to be rounded across it.
         i_t = ((il.to(tl.float32) + 0.5) * inverse_L).to(tl.int32) if IS_SHORT else il // L
         i_t64 = i_t.to(tl.int64)
-        # [ENTRIES, HEADS, S]
+        # Tile: [ENTRIES, HEADS, S].
         o_pair = (sample.to(tl.int64) * (2 * H))[:, None, :] + o_head[None, :, None]
         m_pair = m_n[:, None, :]
         b_p = tl.load(p_pairs + o_pair, mask=m_pair, other=0.0)
@@ -120,7 +120,7 @@ def _trajectory_attention_bwd_sites_kernel(
         m_row = m_n[:, None, :, None]
         if BLOCK != WORDS:
             m_row = m_row & (o_c < WORDS)[None, None, None, :]
-        # [ENTRIES, HEADS, S, BLOCK]
+        # Tile: [ENTRIES, HEADS, S, BLOCK].
         if NEEDS_DK:
             b_g = tl.load(p_pairs + (o_pair + H), mask=m_pair, other=0.0)
             o_delta = ((i_t64 * P + site) * H)[:, None, :] + o_head[None, :, None]

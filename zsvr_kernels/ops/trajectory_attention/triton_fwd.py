@@ -10,7 +10,7 @@ from zsvr_kernels.ops.trajectory_attention.triton_samples import (
     corner_weights,
     dot,
     fractions_of,
-    is_cell,
+    is_inside,
     load_corners,
     load_record,
     mix,
@@ -92,7 +92,7 @@ def _trajectory_attention_fwd_kernel(
     o_site, m_q = tile_sites(i_tile, HEIGHT, WIDTH, TILE_H, TILE_W)
     o_head = i_group * HEADS + tl.arange(0, HEADS)
     o_c = tl.arange(0, BLOCK)
-    # [HEADS, Q, BLOCK]
+    # Tile: [HEADS, Q, BLOCK].
     o_tile = (o_head * (q_h * UNIT))[:, None, None] + (o_site * (q_p * UNIT))[None, :, None] + o_c[None, None, :]
     p_q = q + (b64 * q_b + t64 * q_t) * UNIT
     q_even, q_odd = unpack(tl.load(p_q + o_tile, mask=over_channels(m_q, o_c, WORDS, BLOCK), other=0), KIND)
@@ -116,7 +116,7 @@ def _trajectory_attention_fwd_kernel(
     o_next = o_site
     for i_l in range(0, L):
         frame = tl.load(p_frames + i_l)
-        is_live = is_cell(cell, HEIGHT, WIDTH) & (frame >= 0) & (frame < Tk)
+        is_live = is_inside(cell, frame, Tk, HEIGHT, WIDTH)
         fx, fy = fractions_of(first, second, EXACT)
         w0, w1, w2, w3 = corner_weights(fx, fy, is_live, HEIGHT, WIDTH)
         m0 = over_channels(w0 > 0.0, o_c, WORDS, BLOCK)
@@ -135,7 +135,7 @@ def _trajectory_attention_fwd_kernel(
         w2 = w2[None, :, None]
         w3 = w3[None, :, None]
         x_even, x_odd = mix(k0, k1, k2, k3, w0, w1, w2, w3, HEIGHT, WIDTH, KIND)
-        # [HEADS, Q]
+        # Tile: [HEADS, Q].
         b_z = dot(q_even, q_odd, x_even, x_odd, KIND) * scale_log2
         b_z = tl.where(is_live[None, :], b_z, float("-inf"))
         b_max = tl.maximum(b_m, b_z)

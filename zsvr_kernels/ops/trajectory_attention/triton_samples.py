@@ -82,9 +82,10 @@ def fractions_of(first, second, EXACT: tl.constexpr):
 
 
 @triton.jit
-def is_cell(cell, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
-    # One comparison: -1 is the largest unsigned number. Holds the gather inside the frame whatever a record says.
+def is_inside(cell, frame, Tk, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    # Whether a sample can be read, whatever its record and its frame say: -1 is the largest unsigned number.
     LAST: tl.constexpr = HEIGHT * WIDTH - 1 - (WIDTH if HEIGHT > 1 else 0) - (1 if WIDTH > 1 else 0)
+    cell = tl.where(frame.to(tl.uint32, bitcast=True) < Tk, cell, -1)
     return cell.to(tl.uint32, bitcast=True) <= LAST
 
 
