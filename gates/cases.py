@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +17,6 @@ from torch import Tensor
 from bench import shapes
 from bench.shapes import WINDOW, Level
 from gates.checks import Expectation
-from gates.describe import Description
 from zsvr_kernels._triton import Launch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -238,8 +236,6 @@ DUE = {
     "_inverse_lengths_kernel": _ROWS,
     "_link_score_kernel": _ROWS,
 }
-# Constants that say what a problem is; the others say how a kernel goes about it.
-_PROBLEM = ("P", "H", "HEIGHT", "WIDTH", "ALIGN", "UNIT")
 
 
 def due(launch: Launch) -> Expectation:
@@ -256,14 +252,3 @@ def due(launch: Launch) -> Expectation:
     if expectation.matrix and not is_half and launch.arguments.get("PRECISION", "ieee") == "ieee":
         return Expectation(rows=expectation.rows)
     return expectation
-
-
-def configuration(description: Description) -> str:
-    """Return a text that is equal for compiles of one kernel in one committed configuration."""
-    constants = {
-        name: value
-        for name, value in description["constants"].items()
-        if name.isupper() and name not in _PROBLEM and not name.endswith(("_SITE", "_HEAD"))
-    }
-    pointers = [kind.replace("fp16", "bf16") for kind in description["signature"].values() if kind.startswith("*")]
-    return json.dumps([description["kernel"], constants, pointers, description["options"]], sort_keys=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pathlib
+import re
 from typing import Any
 
 from torch import Tensor
@@ -23,6 +24,10 @@ DIVISOR = 16
 AMD = ("gfx942",)
 POINTERS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float64": "fp64", "bool": "u1"}
 POINTERS |= {f"int{n}": f"i{n}" for n in (8, 16, 32, 64)} | {"uint8": "u8"}
+# Constants by which a kernel goes about a problem; the others say what the problem is.
+CHOICES = re.compile(
+    r"BLOCK\w*|TILE_[HW]|PART_\w+|HEADS|ENTRIES|STRIP|CANDIDATES|D[12]?|KIND|PACKED|EXACT|PRECISION|WIDE"
+)
 Description = dict[str, Any]
 
 
@@ -117,3 +122,15 @@ def key(description: Description) -> str:
     """Return a short name for what is compiled; equal descriptions have equal ones wherever the checkout lies."""
     content = {name: value for name, value in description.items() if name != "folder"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def choices(description: Description) -> dict[str, Any]:
+    """Return the constants and options by which a kernel goes about a problem: its committed configuration."""
+    constants = {name: value for name, value in description["constants"].items() if CHOICES.fullmatch(name)}
+    return constants | {name: x for name, x in description["options"].items() if name != "enable_fp_fusion"}
+
+
+def configuration(description: Description) -> str:
+    """Return a text that is equal for compiles of a kernel in one configuration, be it for float16 or bfloat16."""
+    pointers = [kind.replace("fp16", "bf16") for kind in description["signature"].values() if kind.startswith("*")]
+    return json.dumps([description["kernel"], pointers, choices(description)], sort_keys=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from typing import Any
 
 from gates import model
 from gates.cases import Case, launches, live_slots, measured
-from gates.describe import describe, key
+from gates.describe import Description, describe, key
 from gates.model import ROOFS, Prediction
 from gates.pool import Job, compile_all
 from gates.work import work
@@ -109,19 +110,25 @@ def record(case: Case, planned: tuple[Launch, ...], found: list[dict[str, Any] |
     return {**fields, "work": useful(case), "kernels": kernels, "machines": machines, "peers_us": peers(case)}
 
 
+def _compiled_as(case: Case) -> Case:
+    """Return the case whose code stands for this one's: a product of float16 differs from bfloat16's in type alone."""
+    is_same = case.dtype == "fp16" and case.op != "trajectory_attention"
+    return dataclasses.replace(case, dtype="bf16") if is_same else case
+
+
 def collect(select: str, jobs: int) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the entries of all measured cases by key, and the exact release of Triton that compiled them."""
     planned = {case: launches(case, TARGET) for case in measured() if select in case.key}
-    described = {id(x): describe(x, TARGET) for each in planned.values() for x in each}
-    wanted = {key(description): description for description in described.values()}
+    described = {case: [describe(x, TARGET) for x in launches(_compiled_as(case), TARGET)] for case in planned}
+    wanted = {key(description): description for each in described.values() for description in each}
     todo = {name: Job(VERSION, TARGET, name, description) for name, description in wanted.items()}
     results, exact = compile_all(list(todo.values()), jobs)
 
-    def found(launch: Launch) -> dict[str, Any] | None:
-        result = results[todo[key(described[id(launch)])]]
+    def found(description: Description) -> dict[str, Any] | None:
+        result = results[todo[key(description)]]
         return None if "error" in result else result
 
-    entries = {case.key: record(case, each, [found(x) for x in each]) for case, each in planned.items()}
+    entries = {case.key: record(case, each, [found(x) for x in described[case]]) for case, each in planned.items()}
     return entries, exact
 
 

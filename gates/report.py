@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from gates.checks import matrix_instructions
+from gates.describe import choices
 
 Row = dict[str, Any]
 HEADER = (
@@ -14,11 +15,10 @@ HEADER = (
 
 
 def configuration(description: Row) -> str:
-    """Return dtype, constants and options of a compile, on one line."""
+    """Return dtype and configuration of a compile, on one line; what is False or 0 is left out."""
     pointers = [kind.lstrip("*") for kind in description["signature"].values() if kind.startswith("*")]
-    constants = [f"{name}={value}" for name, value in description["constants"].items() if name.isupper()]
-    options = [f"{name}={value}" for name, value in description["options"].items() if name == "num_stages"]
-    return " ".join([next(iter(pointers), ""), *constants, *options])
+    named = [name if value is True else f"{name}={value}" for name, value in choices(description).items() if value]
+    return " ".join([next(iter(pointers), ""), *named])
 
 
 def _cells(row: Row) -> list[str]:
