@@ -26,7 +26,7 @@ POINTERS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float64":
 POINTERS |= {f"int{n}": f"i{n}" for n in (8, 16, 32, 64)} | {"uint8": "u8"}
 # Constants by which a kernel goes about a problem; the others say what the problem is.
 CHOICES = re.compile(
-    r"BLOCK\w*|TILE_[HW]|PART_\w+|HEADS|ENTRIES|STRIP|CANDIDATES|D[12]?|KIND|PACKED|EXACT|PRECISION|WIDE"
+    r"BLOCK\w*|TILE_[HW]|PART_\w+|HEADS|ENTRIES|STRIP_[HW]|CANDIDATES|D[12]?|KIND|PACKED|EXACT|PRECISION|WIDE"
 )
 Description = dict[str, Any]
 

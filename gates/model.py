@@ -59,6 +59,7 @@ class Work:
         mma_dtype: of their operands: ``"16"``, ``"tf32"``, or ``"ieee"``, which the matrix unit does not take.
         exponentials: evaluations of exp2.
         iterations: of the main loop, in the mean over blocks.
+        rounds: of the loop around it.
         steps: loads of a block that wait for the one before.
     """
 
@@ -70,6 +71,7 @@ class Work:
     mma_dtype: str = "16"
     exponentials: float = 0.0
     iterations: float = 1.0
+    rounds: float = 1.0
     steps: float = 0.0
 
 
@@ -85,10 +87,10 @@ def quantisation(blocks: int, sms: int) -> float:
     return math.ceil(blocks / sms) * sms / blocks
 
 
-def instructions(found: dict[str, Any], iterations: float) -> float:
-    """Return the instructions of one warp: the main loop as often as it runs, everything else once."""
-    loop = (found["loop"] or {"all": 0})["all"]
-    return found["counts"]["all"] + loop * (iterations - 1)
+def instructions(found: dict[str, Any], iterations: float, rounds: float = 1.0) -> float:
+    """Return the instructions of one warp: the main loop and the one around it as often as they run, the rest once."""
+    loop, around = (found[name]["all"] if found[name] else 0 for name in ("loop", "around"))
+    return found["counts"]["all"] + loop * (iterations - 1) + around * (rounds - 1)
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def predict(work: Work, blocks: int, found: dict[str, Any] | None, roofs: dict[s
     resident = 1
     if found is not None:
         warps = blocks * found["num_warps"]
-        terms["issue"] = instructions(found, work.iterations) * warps / roof["issue_t"] / 1e6 * share
+        terms["issue"] = instructions(found, work.iterations, work.rounds) * warps / roof["issue_t"] / 1e6 * share
         resident = max(1, blocks_per_sm(found["registers"], found["shared"], found["num_warps"]))
     terms["latency"] = work.steps * roof["latency_us"] * math.ceil(blocks / (sms * resident))
     inside = {name: value for name, value in terms.items() if name != "launch"}

@@ -103,26 +103,31 @@ def innermost(loops: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def analyse(text: str, num_warps: int) -> dict[str, Any]:
-    """Return counts of a whole kernel and of its main loop, from ``nvdisasm -c``.
+    """Return counts of a whole kernel, of its main loop, and of the loop around that without it, from ``nvdisasm -c``.
 
     The main loop is the innermost one with most matrix products, then most loads, then most instructions; None where
     there is no loop.
     """
     mnemonics, loops = _parse(text)
-    bodies = [mnemonics[start:end] for start, end in innermost(loops)]
+    bodies = innermost(loops)
 
-    def weight(body: list[str]) -> tuple[int, int, int]:
-        found = count(body)
+    def weight(body: tuple[int, int]) -> tuple[int, int, int]:
+        found = count(mnemonics[slice(*body)])
         matrix = sum(found.get(kind, 0) for kind in ("HGMMA", "HMMA", "UTCMMA"))
-        return matrix, sum(found.get(kind, 0) for kind in ("LDG", "LDGSTS", "UTMALDG")), len(body)
+        return matrix, sum(found.get(kind, 0) for kind in ("LDG", "LDGSTS", "UTMALDG")), body[1] - body[0]
 
-    main = max(bodies, key=weight, default=None)
-    loop = None if main is None else count(main) | {"mma_flops": mma_flops(main, num_warps)}
-    return {
-        "counts": count(mnemonics) | {"mma_flops": mma_flops(mnemonics, num_warps)},
-        "loop": loop,
-        "loops": len(bodies),
-    }
+    def counted(part: list[str]) -> Counts:
+        return count(part) | {"mma_flops": mma_flops(part, num_warps)}
+
+    found: dict[str, Any] = {"counts": counted(mnemonics), "loop": None, "around": None, "loops": len(bodies)}
+    if bodies:
+        start, end = max(bodies, key=weight)
+        found["loop"] = counted(mnemonics[start:end])
+        wider = [(s, e) for s, e in loops if s <= start and end <= e and (s, e) != (start, end)]
+        if wider:
+            s, e = min(wider, key=lambda loop: loop[1] - loop[0])
+            found["around"] = counted(mnemonics[s:start] + mnemonics[end:e])
+    return found
 
 
 def usage(text: str) -> dict[str, int]:
@@ -164,5 +169,6 @@ def analyse_amd(text: str) -> dict[str, Any]:
         "spills": field("vgpr_spill_count"),
         "counts": counts,
         "loop": None,
+        "around": None,
         "loops": 0,
     }

@@ -135,15 +135,18 @@ def _search_dense(a: dict[str, Any], blocks: int, case: Case) -> Work:
     (Hg, Wg), reach, size = case.shape.grid, 2 * case.shape.radius + 1, a["f_src"].element_size()
     queries = a["TILE_H"] * a["TILE_W"]
     # The box around a tile's windows, one site wider than the tile where flow bends a little.
-    strips = math.ceil(min(Hg, a["TILE_H"] + reach) * min(Wg, a["TILE_W"] + reach) / a["STRIP"])
-    products = blocks * strips * queries * a["STRIP"] * case.C * 2.0
-    moved = blocks * strips * (queries + a["STRIP"]) * float(case.C * size)
+    height, width = min(Hg, a["TILE_H"] + reach), min(Wg, a["TILE_W"] + reach)
+    strips = math.ceil(height / a["STRIP_H"]) * math.ceil(width / a["STRIP_W"])
+    strip = a["STRIP_H"] * a["STRIP_W"]
+    products = blocks * strips * queries * strip * case.C * 2.0
+    moved = blocks * strips * (queries + strip) * float(case.C * size)
     return Work(
         l2_rows=moved,
         l1=moved,
         mma=products,
         mma_dtype="16" if size == 2 else "ieee",
         iterations=strips * _channels(a, case),
+        rounds=strips,
         steps=2 * strips,
     )
 
@@ -160,6 +163,7 @@ def _search_windows(a: dict[str, Any], blocks: int, case: Case) -> Work:
         mma=blocks * queries * rounds * a["CANDIDATES"] * case.C * 2.0,
         mma_dtype="ieee",
         iterations=rounds * _channels(a, case),
+        rounds=rounds,
         steps=rounds * _channels(a, case),
     )
 

@@ -271,6 +271,7 @@ def test_disassembly_is_counted_by_kind_width_and_loop():
     }  # fmt: skip
     assert found["loops"] == 1  # the outer loop holds another; a branch to itself is padding
     assert found["loop"]["all"] == 4 and found["loop"]["LDG.16"] == 1 and "LDGSTS" not in found["loop"]
+    assert found["around"]["all"] == 3 and found["around"]["LDGSTS"] == 1  # what the outer loop has beside it
     assert sass.mma_flops(["HGMMA.64x128x16.F32.BF16"], 8) == 2 * (2 * 64 * 128 * 16)
     with pytest.raises(ValueError, match="no resource usage"):
         sass.usage("nothing")
@@ -286,7 +287,8 @@ ROOFS = {
         "hbm_tbs": 2.0,
     }.items()
 }  # fmt: skip
-FOUND = {"num_warps": 4, "registers": 128, "shared": 50000, "counts": {"all": 1000}, "loop": {"all": 500}}
+FOUND = {"num_warps": 4, "registers": 128, "shared": 50000, "counts": {"all": 1000}, "loop": {"all": 500},
+         "around": None}  # fmt: skip
 
 
 def test_blocks_of_a_multiprocessor():
@@ -313,6 +315,12 @@ def test_terms_by_hand():
     assert got.terms == pytest.approx(expected)
     assert (got.us, got.bound) == (pytest.approx(53.0), "mma")
     assert got.serial_us == pytest.approx(3 + 10 + 50 + 4)
+
+
+def test_instructions_of_nested_loops():
+    found = FOUND | {"around": {"all": 100}}
+    assert model.instructions(found, iterations=9.0, rounds=3.0) == 1000 + 8 * 500 + 2 * 100
+    assert model.instructions(FOUND | {"loop": None}, iterations=9.0) == 1000
 
 
 def test_what_binds_and_what_does_not():
