@@ -115,6 +115,9 @@ def measured() -> list[Case]:
         for level in (*NETWORKS, "narrow-32", "narrow-32-r4"):
             found |= {Case(op, level, T, dtype, "fwd"): None for op in shapes.SEARCHES}
     for level in NETWORKS:
+        for direction in ("fwd", "bwd"):
+            found[Case("cross_frame_attention", level, 64, "bf16", direction)] = None
+            found[Case("trajectory_attention", level, 64, "bf16", direction, "full")] = None
         found |= {Case("chain_links", level, T, "fp32", "fwd", variant): None for variant in ("", "full")}
     return list(found)
 

@@ -17,13 +17,16 @@ from gates.cases import Case, live_slots
 from gates.model import Work
 from zsvr_kernels._triton import Launch
 
+CACHED = 40e6  # bytes that the second-level cache holds of a working set, of 50 MB
+TOGETHER = 3  # query frames whose blocks run at the same time, roughly
+
 
 def operands(launch: Launch) -> float:
     """Return the bytes of a launch's tensors; one that is passed twice counts once."""
     seen: dict[tuple[int, int, torch.Size], float] = {}
     for x in launch.arguments.values():
         if isinstance(x, Tensor):
-            name = (id(x.untyped_storage()._cdata), x.storage_offset(), x.shape)
+            name = (x.untyped_storage()._cdata, x.storage_offset(), x.shape)
             seen[name] = float(x.numel() * x.element_size())
     return sum(seen.values())
 
@@ -79,7 +82,11 @@ def _gathers(a: dict[str, Any], blocks: int, case: Case) -> Work:
     queries, size = a["TILE_H"] * a["TILE_W"], a["q"].element_size()
     rows = blocks * live * a["HEADS"] * a["D"] * size * 2.0  # K and V of one site for every slot
     record = 12 if a["EXACT"] else 8
+    # K and V of a query frame's slots, where they exceed the second-level cache, come from memory again for each query
+    # frame but those that run together.
+    held = 2.0 * case.P * case.C * size * live
     return Work(
+        hbm=case.T * held / TOGETHER if held > CACHED else 0.0,
         l1=rows * queries * 4,
         # Where flow is smooth the cells of a tile's queries tile the source frame as the queries do theirs.
         l2_rows=rows * (a["TILE_H"] + 1) * (a["TILE_W"] + 1) + blocks * live * queries * record,
@@ -189,4 +196,4 @@ def work(launch: Launch, case: Case) -> Work:
     blocks = math.prod(launch.grid)
     count = KERNELS.get(launch.kernel.fn.__name__)
     found = Work() if count is None or blocks == 0 else count(launch.arguments, blocks, case)
-    return dataclasses.replace(found, hbm=operands(launch))
+    return dataclasses.replace(found, hbm=found.hbm + operands(launch))
