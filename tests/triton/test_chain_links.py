@@ -37,7 +37,9 @@ def chained(fields, grid, window, nearest, corners, device):
 
 
 def assert_same(found, expected, what):
-    assert torch.equal(found[1], expected[1]), f"{what}: {int((found[1] != expected[1]).sum())} slots differ in validity"
+    assert torch.equal(found[1], expected[1]), (
+        f"{what}: {int((found[1] != expected[1]).sum())} slots differ in validity"
+    )
     assert torch.equal(found[0], expected[0]), f"{what}: positions differ by {(found[0] - expected[0]).abs().max():.3e}"
 
 
@@ -71,7 +73,9 @@ def test_slots_outside_the_clip_hold_the_own_site(window, device, generator):
 def test_links_that_are_no_numbers_end_a_chain(corners, device, generator):
     """A link from a site that is read with weight zero may hold anything; a NaN position gives no bad address."""
     grid, (B, T) = (6, 7), (2, 4)
-    forward, backward, valid_forward, valid_backward = random_links(B, T, grid, generator, motion=1.0).tensors().values()
+    forward, backward, valid_forward, valid_backward = (
+        random_links(B, T, grid, generator, motion=1.0).tensors().values()
+    )
     for x in (forward, backward):
         whole = torch.rand(B, T - 1, 42, 1, generator=generator) < 0.6
         x.copy_(torch.where(whole, x.round(), x))
@@ -157,7 +161,7 @@ def test_the_op_checks_again_and_passes_opcheck(device, generator):
         ((fields[0].double(), *fields[1:], 3, 4), TypeError),
         ((*fields, 3, 5), ValueError),
         ((*fields[:2], fields[2][:, :1], fields[3], 3, 4), ValueError),
-        (([x.to("meta") for x in fields][0], *fields[1:], 3, 4), ValueError),
+        ((fields[0].to("meta"), *fields[1:], 3, 4), ValueError),
     ):
         with pytest.raises(error):
             op(*broken, None, False, False, "triton")

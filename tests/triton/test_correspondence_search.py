@@ -1,4 +1,4 @@
-"""Correspondence search and link scores by Triton against every candidate in float64, and what they promise beside it."""
+"""Correspondence search and link scores by Triton against every candidate in float64, and what else they promise."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def test_offsets_of_64_bits(device, generator):
     grid, where = (5, 6), sites((5, 6))[None]
     f_src, f_dst = random_features(1, 30, 24, torch.float32, generator)
     huge = torch.empty_strided((1, 30, 24), (24, 1 << 27, 1), device="meta")
-    assert triton_launch._strides(huge, f_dst)["WIDE"] and not triton_launch._strides(f_src, f_dst)["WIDE"]
+    assert triton_launch._features(huge, f_dst)["WIDE"] and not triton_launch._features(f_src, f_dst)["WIDE"]
     for radius in (1, 2):
         narrow = search(f_src, f_dst, own_sites(grid)[None], grid, radius, device)
         scored = score(f_src, f_dst, where, grid, device)

@@ -94,7 +94,7 @@ def _chain_links_kernel(
     # Grid:     (clip x start frame x direction x block of sites); a program owns its direction's slots of those sites.
     # Tiles:    [BLOCK] sites, one a lane: the current position and liveness stay in registers while frames go by.
     # Traffic:  a step reads up to 4 links of 8 bytes (corners of weight zero are not read) and 1 to 4 bytes of validity
-    #           from the caches, and writes 9 bytes a slot (17 or 21 with RECORDS). Steps depend on each other: latency counts.
+    #           from the caches, and writes 9 bytes a slot (17 or 21 with RECORDS). Steps are dependent: latency counts.
     # Numerics: float32, products and sums in the reference's order. Launched without contraction it is bit-equal to it.
     i_program = tl.program_id(0)
     i_block = i_program % blocks
@@ -114,7 +114,7 @@ def _chain_links_kernel(
     else:
         links = backward
         checks = valid_backward
-    # Links between frames j and j+1 are number j: from start frame i it is i, i+1, .. forward and i-1, i-2, .. backward.
+    # Links between frames j and j+1 are number j: from frame i they are i, i+1, .. forward, i-1, i-2, .. backward.
     i_pair = i_clip.to(tl.int64) * (T - 1) + i_start - i_direction
 
     o_p = i_block * BLOCK + tl.arange(0, BLOCK)
@@ -124,9 +124,7 @@ def _chain_links_kernel(
     last_x = (Wg - 1) * 1.0  # not .to(): an argument of 1 is a constant
     last_y = (Hg - 1) * 1.0
     if i_direction == 0:
-        _store_slot(
-            positions, valid, base, fractions, i_own * P, o_p, m_p, own_x, own_y, m_p, Hg, Wg, RECORDS, EXACT
-        )
+        _store_slot(positions, valid, base, fractions, i_own * P, o_p, m_p, own_x, own_y, m_p, Hg, Wg, RECORDS, EXACT)
 
     b_x = own_x
     b_y = own_y

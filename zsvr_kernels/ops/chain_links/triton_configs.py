@@ -12,8 +12,8 @@ class Chain(NamedTuple):
     num_warps: int
 
 
-# One warp, one site a lane: the number of blocks that fit bounds occupancy, not registers, so the compiler spends enough
-# of them to have all loads of a step on their way at once; with four warps it waits three times a step.
+# One warp, one site a lane: the number of blocks that fit bounds occupancy, not registers, so the compiler spends
+# enough of them to have all loads of a step on their way at once; with four warps it waits three times a step.
 _CHAIN = {"gfx942": Chain(64, 1), "cpu": Chain(512, 1)}  # 64 lanes; the interpreter pays per program
 _OTHER = Chain(32, 1)
 

@@ -1,5 +1,7 @@
-"""How the search kernels are launched, by target, dtype and size: from what the compiler makes of them and the arithmetic
-in README.md, not from measurements. A dtype is told by its bytes."""
+"""How the search kernels are launched, by target, dtype and size.
+
+From what the compiler makes of them and the arithmetic in README.md, not from measurements. A dtype counts by its bytes.
+"""
 
 from __future__ import annotations
 
@@ -34,13 +36,16 @@ class Rows(NamedTuple):
 
     BLOCK: int
     BLOCK_C: int
-    num_warps: int
+    options: dict[str, int]
 
 
 # Sites of a box that cost as much as one site of a window walked on its own: on matrix units, and by multiply-adds.
 _WORTH = {2: 32, 4: 2}
 _QUERIES = 64
-_STAGES = {"sm_80": 3, "sm_86": 2, "sm_90": 3, "sm_100": 3, "gfx942": 2}
+# Sites of a strip for 2-byte features whose rows come in pieces of 16 bytes, 64 for others. The sums of this block of
+# channels and of all are in registers at once: more would spill.
+_STRIP = {"sm_80": 128, "sm_86": 128, "sm_90": 256, "sm_100": 256, "gfx942": 256, "cpu": 64}
+_STAGES = {"sm_80": 3, "sm_86": 2, "sm_90": 3, "sm_100": 3, "gfx942": 2, "cpu": 1}
 
 
 def _power(n: int) -> int:
@@ -64,11 +69,13 @@ def _block_c(C: int, most: int) -> int:
     return min(most, max(16, _power(C)))
 
 
-def dense(target: str, bytes_of: int, grid: tuple[int, int], C: int, radius: int) -> Dense | None:
-    """Return the configuration of the dense search, or None where walking windows is cheaper even under smooth motion."""
+def dense(
+    target: str, bytes_of: int, grid: tuple[int, int], C: int, radius: int, *, comes_in_pieces: bool = True
+) -> Dense | None:
+    """Return the configuration of the dense search; None where walking windows is cheaper even under smooth motion."""
     tile = _tile(_QUERIES, grid)
     is_interpreted = target == "cpu"
-    most = 64 if is_interpreted else 256 if bytes_of == 2 else 128
+    most = _STRIP[target] if bytes_of == 2 and comes_in_pieces else 64
     STRIP_W = min(8 if is_interpreted else 16, _power(grid[1]))
     STRIP_H = max(min(most // STRIP_W, _power(min(grid[0], tile[0] + 2 * radius))), 32 // STRIP_W)
     height, width = (min(n, side + 2 * radius) for n, side in zip(grid, tile, strict=True))
@@ -78,8 +85,7 @@ def dense(target: str, bytes_of: int, grid: tuple[int, int], C: int, radius: int
     if strips > limit:
         return None
     BLOCK_C = _block_c(C, 16 if is_interpreted else 64 if bytes_of == 2 else 32)
-    num_warps = 8 if STRIP_H * STRIP_W > 128 else 4
-    return Dense(*tile, STRIP_H, STRIP_W, BLOCK_C, num_warps, _STAGES.get(target, 1), limit)
+    return Dense(*tile, STRIP_H, STRIP_W, BLOCK_C, 8, _STAGES[target], limit)
 
 
 def one_by_one(target: str, bytes_of: int, grid: tuple[int, int], C: int, radius: int) -> OneByOne:
@@ -99,6 +105,10 @@ def part(config: Dense, bytes_of: int, C: int) -> OneByOne:
 
 
 def rows(target: str, bytes_of: int, C: int, rows_at_once: int) -> Rows:
-    """Return the configuration of a kernel that has ``rows_at_once`` rows of a token in flight."""
+    """Return the configuration of a kernel that has ``rows_at_once`` rows of a token in flight, 16 bytes a lane."""
     BLOCK_C = _block_c(C, 128 if bytes_of == 2 else 64)
-    return Rows(128 if target == "cpu" else max(8, 32 // rows_at_once), BLOCK_C, 4)
+    BLOCK = (8192 if rows_at_once == 1 else 2048) // (BLOCK_C * bytes_of)
+    options = {"num_warps": 4, "num_stages": 1}
+    if target in ("sm_80", "sm_86"):
+        options["maxnreg"] = 96  # left alone, the compiler takes 64 for the sake of occupancy, and spills
+    return Rows(128 if target == "cpu" else BLOCK, BLOCK_C, options)

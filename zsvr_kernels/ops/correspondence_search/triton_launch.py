@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -18,16 +20,27 @@ from zsvr_kernels.ops.correspondence_search.triton_search import (
 INT32 = 1 << 31  # offsets inside a frame are int32 below this
 
 
-def _strides(f_src: Tensor, f_dst: Tensor) -> dict[str, int | bool]:
-    """Return the strides of both features, and whether offsets inside a frame need 64 bits."""
+def _features(f_src: Tensor, f_dst: Tensor) -> dict[str, Tensor | int | bool]:
+    """Return what every kernel takes of the features: themselves, their strides and channels in units.
+
+    A unit is the largest power of two up to 16 that divides them all: the compiler sees it as a constant, so rows whose
+    length is 8 elements times any number are read in pieces of 16 bytes too. WIDE: offsets in a frame need 64 bits.
+    """
     P, C = f_src.shape[1:]
-    is_wide = any((P - 1) * x.stride(1) + C >= INT32 for x in (f_src, f_dst))
-    return {
+    strides = {
         "s_src_n": f_src.stride(0),
         "s_src_p": f_src.stride(1),
         "s_dst_n": f_dst.stride(0),
         "s_dst_p": f_dst.stride(1),
-        "WIDE": is_wide,
+        "C": C,
+    }
+    unit = math.gcd(16, *strides.values())
+    return {
+        "f_src": f_src,
+        "f_dst": f_dst,
+        **{name: stride // unit for name, stride in strides.items()},
+        "UNIT": unit,
+        "WIDE": any((P - 1) * x.stride(1) + C >= INT32 for x in (f_src, f_dst)),
     }
 
 
@@ -45,46 +58,41 @@ def plan_search(
     score = f_src.new_empty((N, P), dtype=torch.float32)
     inverse = f_src.new_empty((2, N, P), dtype=torch.float32)
     bytes_of = f_src.element_size()
-    strides = _strides(f_src, f_dst)
+    features = _features(f_src, f_dst)
     rows = triton_configs.rows(target, bytes_of, C, 1)
     blocks = -(-P // rows.BLOCK)
     lengths = Launch(
         kernel=_inverse_lengths_kernel,
         grid=(N * blocks,),
         arguments={
-            "f_src": f_src,
-            "f_dst": f_dst,
+            **features,
             "inverse": inverse,
             "P": P,
-            "C": C,
             "s_inverse": N * P,
-            **strides,
             "blocks": blocks,
             "BLOCK": rows.BLOCK,
             "BLOCK_C": rows.BLOCK_C,
         },
-        options={"num_warps": rows.num_warps, "num_stages": 1},
+        options=rows.options,
     )
     arguments = {
-        "f_src": f_src,
-        "f_dst": f_dst,
+        **features,
         "centre": centre.contiguous(),
         "inverse": inverse,
         "site": site,
         "score": score,
         "Hg": grid[0],
         "Wg": grid[1],
-        "C": C,
         "radius": radius,
         "s_inverse": N * P,
-        **strides,
     }
 
     def tiles(height: int, width: int) -> tuple[int, dict[str, int]]:
         tiles_y, tiles_x = -(-grid[0] // height), -(-grid[1] // width)
         return tiles_y * tiles_x, {"tiles_y": tiles_y, "tiles_x": tiles_x, "TILE_H": height, "TILE_W": width}
 
-    dense = triton_configs.dense(target, bytes_of, grid, C, radius)
+    pieces = int(features["UNIT"]) * bytes_of >= 16
+    dense = triton_configs.dense(target, bytes_of, grid, C, radius, comes_in_pieces=pieces)
     if dense is None:
         config = triton_configs.one_by_one(target, bytes_of, grid, C, radius)
         count, tiling = tiles(config.TILE_H, config.TILE_W)
@@ -133,19 +141,16 @@ def plan_score(
         kernel=_link_score_kernel,
         grid=(N * blocks,),
         arguments={
-            "f_src": f_src,
-            "f_dst": f_dst,
+            **_features(f_src, f_dst),
             "positions": positions.contiguous(),
             "score": score,
             "Hg": grid[0],
             "Wg": grid[1],
-            "C": C,
-            **_strides(f_src, f_dst),
             "blocks": blocks,
             "BLOCK": rows.BLOCK,
             "BLOCK_C": rows.BLOCK_C,
         },
-        options={"num_warps": rows.num_warps, "num_stages": 1},
+        options=rows.options,
     )
     return [launch], score
 

@@ -26,12 +26,13 @@ def _link_score_kernel(
     score,  # fp32 [N, P]
     Hg,
     Wg,
-    C,
+    C,  # as the strides of f_src and f_dst in units
     s_src_n,
     s_src_p,
     s_dst_n,
     s_dst_p,
     blocks,  # of sites in a frame
+    UNIT: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -62,12 +63,13 @@ def _link_score_kernel(
     w_10 = fx * (1.0 - fy)
     w_01 = (1.0 - fx) * fy
     w_11 = fx * fy
-    p_dst = f_dst + i_n * s_dst_n
-    p_q = (f_src + i_n * s_src_n + o_row * s_src_p)[:, None]
-    p_00 = (p_dst + o_00 * s_dst_p)[:, None]
-    p_10 = (p_dst + o_10 * s_dst_p)[:, None]
-    p_01 = (p_dst + (o_00 + below) * s_dst_p)[:, None]
-    p_11 = (p_dst + (o_10 + below) * s_dst_p)[:, None]
+    s_dst = s_dst_p * UNIT
+    p_dst = f_dst + i_n * s_dst_n * UNIT
+    p_q = (f_src + i_n * s_src_n * UNIT + o_row * (s_src_p * UNIT))[:, None]
+    p_00 = (p_dst + o_00 * s_dst)[:, None]
+    p_10 = (p_dst + o_10 * s_dst)[:, None]
+    p_01 = (p_dst + (o_00 + below) * s_dst)[:, None]
+    p_11 = (p_dst + (o_10 + below) * s_dst)[:, None]
     m_00 = m_p[:, None]
     m_10 = (m_p & (w_10 != 0.0))[:, None]
     m_01 = (m_p & (w_01 != 0.0))[:, None]
@@ -75,10 +77,10 @@ def _link_score_kernel(
     b_dot = tl.zeros([BLOCK, BLOCK_C], tl.float32)
     b_src = tl.zeros([BLOCK, BLOCK_C], tl.float32)
     b_dst = tl.zeros([BLOCK, BLOCK_C], tl.float32)
-    for c in range(0, C, BLOCK_C):
+    for c in range(0, C * UNIT, BLOCK_C):
         o_c = (c + tl.arange(0, BLOCK_C))[None, :]
-        m_c = o_c < C
-        # [BLOCK, BLOCK_C]
+        m_c = o_c < C * UNIT
+        # Tiles of [BLOCK, BLOCK_C].
         b_q = tl.load(p_q + o_c, mask=m_p[:, None] & m_c, other=0.0).to(tl.float32)
         b_00 = tl.load(p_00 + o_c, mask=m_00 & m_c, other=0.0).to(tl.float32)
         b_10 = tl.load(p_10 + o_c, mask=m_10 & m_c, other=0.0).to(tl.float32)

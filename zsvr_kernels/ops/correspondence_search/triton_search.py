@@ -19,7 +19,7 @@ def _inverse_lengths(p_rows, m_rows, C, BLOCK: tl.constexpr, BLOCK_C: tl.constex
     b_squares = tl.zeros([BLOCK, BLOCK_C], tl.float32)
     for c in range(0, C, BLOCK_C):
         o_c = c + tl.arange(0, BLOCK_C)
-        # [BLOCK, BLOCK_C]
+        # A tile of [BLOCK, BLOCK_C].
         b_x = tl.load(p_rows[:, None] + o_c[None, :], mask=m_rows[:, None] & (o_c < C)[None, :], other=0.0)
         b_x = b_x.to(tl.float32)
         b_squares += b_x * b_x
@@ -33,13 +33,14 @@ def _inverse_lengths_kernel(
     f_dst,  # [N, P, C]
     inverse,  # fp32 [2, N, P], of f_src and of f_dst
     P,
-    C,
+    C,  # as the strides of f_src and f_dst in units
     s_inverse,  # N * P
     s_src_n,
     s_src_p,
     s_dst_n,
     s_dst_p,
     blocks,  # of sites in a frame
+    UNIT: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -53,10 +54,10 @@ def _inverse_lengths_kernel(
     o_p = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     m_p = o_p < P
     p_inverse = inverse + i_n * P + o_p
-    p_src = _rows(f_src + i_n * s_src_n, o_p, s_src_p, WIDE)
-    tl.store(p_inverse, _inverse_lengths(p_src, m_p, C, BLOCK, BLOCK_C), mask=m_p)
-    p_dst = _rows(f_dst + i_n * s_dst_n, o_p, s_dst_p, WIDE)
-    b_inverse = _inverse_lengths(p_dst, m_p, C, BLOCK, BLOCK_C)
+    p_src = _rows(f_src + i_n * s_src_n * UNIT, o_p, s_src_p * UNIT, WIDE)
+    tl.store(p_inverse, _inverse_lengths(p_src, m_p, C * UNIT, BLOCK, BLOCK_C), mask=m_p)
+    p_dst = _rows(f_dst + i_n * s_dst_n * UNIT, o_p, s_dst_p * UNIT, WIDE)
+    b_inverse = _inverse_lengths(p_dst, m_p, C * UNIT, BLOCK, BLOCK_C)
     tl.store(p_inverse + s_inverse, b_inverse, mask=m_p)
 
 
@@ -119,13 +120,13 @@ def _search_one_by_one(
     for begin in range(0, tl.max(count, 0), CANDIDATES):
         o_n = begin + tl.arange(0, CANDIDATES)
         m_n = o_n[None, :] < count[:, None]
-        # [Q, CANDIDATES]
+        # Sites, [Q, CANDIDATES]:
         o_k = (above[:, None] + o_n[None, :] // width[:, None]) * Wg + left[:, None] + o_n[None, :] % width[:, None]
         p_k = _rows(p_dst, o_k, s_dst_p, WIDE)[:, :, None]
         b_products = tl.zeros([Q, CANDIDATES, BLOCK_C], tl.float32)
         for c in range(0, C, BLOCK_C):
             o_c = (c + tl.arange(0, BLOCK_C))[None, None, :]
-            # [Q, 1, BLOCK_C], [Q, CANDIDATES, BLOCK_C]
+            # A tile of [Q, 1, BLOCK_C] and one of [Q, CANDIDATES, BLOCK_C].
             b_q = tl.load(p_q + o_c, mask=m_q[:, None, None] & (o_c < C), other=0.0)
             b_k = tl.load(p_k + o_c, mask=m_n[:, :, None] & (o_c < C), other=0.0)
             b_products += b_q.to(tl.float32) * b_k.to(tl.float32)
@@ -152,7 +153,7 @@ def _search_one_by_one_kernel(
     score,  # fp32 [N, P]
     Hg,
     Wg,
-    C,
+    C,  # as the strides of f_src and f_dst in units
     radius,
     s_src_n,
     s_src_p,
@@ -161,6 +162,7 @@ def _search_one_by_one_kernel(
     s_inverse,  # N * P
     tiles_y,
     tiles_x,
+    UNIT: tl.constexpr,
     WIDE: tl.constexpr,
     TILE_H: tl.constexpr,
     TILE_W: tl.constexpr,
@@ -177,8 +179,8 @@ def _search_one_by_one_kernel(
     i_tile = tl.program_id(0) % (tiles_y * tiles_x)
     first = i_n * (Hg * Wg)
     _search_one_by_one(
-        f_src + i_n * s_src_n,
-        f_dst + i_n * s_dst_n,
+        f_src + i_n * s_src_n * UNIT,
+        f_dst + i_n * s_dst_n * UNIT,
         centre + first * 2,
         inverse + first,
         inverse + s_inverse + first,
@@ -188,10 +190,10 @@ def _search_one_by_one_kernel(
         i_tile % tiles_x,
         Hg,
         Wg,
-        C,
+        C * UNIT,
         radius,
-        s_src_p,
-        s_dst_p,
+        s_src_p * UNIT,
+        s_dst_p * UNIT,
         WIDE,
         TILE_H,
         TILE_W,
@@ -210,7 +212,7 @@ def _search_dense_kernel(
     score,  # fp32 [N, P]
     Hg,
     Wg,
-    C,
+    C,  # as the strides of f_src and f_dst in units
     radius,
     limit,  # strips of a box that is still compared whole
     s_src_n,
@@ -220,6 +222,7 @@ def _search_dense_kernel(
     s_inverse,  # N * P
     tiles_y,
     tiles_x,
+    UNIT: tl.constexpr,
     WIDE: tl.constexpr,
     TILE_H: tl.constexpr,
     TILE_W: tl.constexpr,
@@ -234,20 +237,21 @@ def _search_dense_kernel(
     # Computes: for every source token the site of the largest cosine in its window of the destination frame.
     # Grid:     (frame pair x tile of queries).
     # Tiles:    the box around all windows of the tile, in strips of STRIP_H x STRIP_W sites: a strip is
-    #           [TILE_H * TILE_W, STRIP_H * STRIP_W] cosines, accumulated over blocks of BLOCK_C channels, then masked to
-    #           each query's own window. A tile whose box takes more than `limit` strips walks its windows one by one.
-    # Traffic:  reads the tile's queries and the box once a strip, from the second-level cache; the next block of channels
-    #           is on its way to shared memory while one is multiplied.
-    # Numerics: products of each block of channels in one matrix product of float32 accumulation, blocks added in float32
-    #           with rounding to nearest (matrix units round towards zero at every step). float32 features are multiplied
-    #           exactly, never as TF32: rounded products would decide which site wins. Equals: the lowest site, NaN never.
+    #           [TILE_H * TILE_W, STRIP_H * STRIP_W] cosines, accumulated over blocks of BLOCK_C channels, then masked
+    #           to each query's own window. A tile whose box takes more than `limit` strips walks windows one by one.
+    # Traffic:  reads the tile's queries and the box once a strip, from the second-level cache; the next blocks of
+    #           channels are on their way to shared memory while one is multiplied.
+    # Numerics: a matrix product with float32 sums for every block of channels; blocks are added in float32 with
+    #           rounding to nearest (matrix units round towards zero at every step). float32 features are multiplied
+    #           exactly, never as TF32: rounded products would decide which site wins. Of equals the lowest site, NaN
+    #           never.
     i_n = (tl.program_id(0) // (tiles_y * tiles_x)).to(tl.int64)
     i_tile = tl.program_id(0) % (tiles_y * tiles_x)
     i_y = i_tile // tiles_x
     i_x = i_tile % tiles_x
     first = i_n * (Hg * Wg)
-    p_src = f_src + i_n * s_src_n
-    p_dst = f_dst + i_n * s_dst_n
+    p_src = f_src + i_n * s_src_n * UNIT
+    p_dst = f_dst + i_n * s_dst_n * UNIT
     p_centre = centre + first * 2
     p_inverse_src = inverse + first
     p_inverse_dst = inverse + s_inverse + first
@@ -266,7 +270,7 @@ def _search_dense_kernel(
     strips = strips_x * ((box_below - box_above) // STRIP_H + 1)
     if strips <= limit:
         b_inverse = tl.load(p_inverse_src + o_q, mask=m_q, other=0.0)
-        p_q = _rows(p_src, o_q, s_src_p, WIDE)[:, None]
+        p_q = _rows(p_src, o_q, s_src_p * UNIT, WIDE)[:, None]
         b_best = tl.full([Q], float("-inf"), tl.float32)
         b_site = above * Wg + left
         o_n = tl.arange(0, STRIP)
@@ -277,13 +281,13 @@ def _search_dense_kernel(
             y = first_y + o_n // STRIP_W
             m_k = (x <= box_right) & (y <= box_below)
             o_k = y * Wg + x
-            p_k = _rows(p_dst, o_k, s_dst_p, WIDE)[:, None]
+            p_k = _rows(p_dst, o_k, s_dst_p * UNIT, WIDE)[:, None]
             b_cosine = tl.zeros([Q, STRIP], tl.float32)
-            for c in range(0, C, BLOCK_C):
+            for c in range(0, C * UNIT, BLOCK_C):
                 o_c = (c + tl.arange(0, BLOCK_C))[None, :]
-                # [Q, BLOCK_C], [STRIP, BLOCK_C]
-                b_q = tl.load(p_q + o_c, mask=m_q[:, None] & (o_c < C), other=0.0)
-                b_k = tl.load(p_k + o_c, mask=m_k[:, None] & (o_c < C), other=0.0)
+                # A tile of [Q, BLOCK_C] and one of [STRIP, BLOCK_C].
+                b_q = tl.load(p_q + o_c, mask=m_q[:, None] & (o_c < C * UNIT), other=0.0)
+                b_k = tl.load(p_k + o_c, mask=m_k[:, None] & (o_c < C * UNIT), other=0.0)
                 # The factor keeps the sum over blocks out of the matrix unit.
                 b_cosine += tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * b_inverse[:, None]
             # Outside its window a cosine becomes -inf by addition, which costs less than a selection, and so does NaN.
@@ -316,10 +320,10 @@ def _search_dense_kernel(
                 i_x * PARTS_X + i_part % PARTS_X,
                 Hg,
                 Wg,
-                C,
+                C * UNIT,
                 radius,
-                s_src_p,
-                s_dst_p,
+                s_src_p * UNIT,
+                s_dst_p * UNIT,
                 WIDE,
                 PART_H,
                 PART_W,
