@@ -11,10 +11,12 @@ from zsvr_kernels.ops.trajectory_attention.triton_samples import (
     dot,
     fractions_of,
     is_inside,
+    join_pair,
     load_corners,
     load_record,
     mix,
     over_channels,
+    split_pair,
     tile_sites,
     unpack,
     words_of,
@@ -33,8 +35,7 @@ def _trajectory_attention_bwd_queries_kernel(
     fractions,  # int32 [Bp, T, L, P] or fp32 [Bp, T, L, P, 2]
     frames,  # int32 [T, L]
     dq,  # [B, T, P, H, D], written if NEEDS_DQ
-    pairs,  # fp32 [clips, T, L, P, 2, H], written if NEEDS_PAIRS
-    delta,  # fp32 [clips, T, P, H], likewise
+    pairs,  # int64 [clips, T, L, P, H], written if NEEDS_PAIRS: two float32, p and scale ds
     d_o_b,  # strides, in units of UNIT words
     d_o_t,
     d_o_p,
@@ -73,12 +74,13 @@ def _trajectory_attention_bwd_queries_kernel(
     NEEDS_DQ: tl.constexpr,
     NEEDS_PAIRS: tl.constexpr,
 ):
-    # Computes: p_l = exp(z_l - lse) and g_l = dO . V_l of every sample; delta = sum p_l g_l - dlse; dq.
+    # Computes: p_l = exp(z_l - lse) and ds_l = p_l (dO . V_l - delta) of every sample, and dq = scale sum ds_l K_l.
     # Grid: (clips * T * (H / HEADS) * tiles of sites,), as the forward's.
-    # Tiles: [HEADS, TILE_H * TILE_W queries, BLOCK words]
-    # Traffic: the forward's gathers; 8 bytes written for each sample and head.
-    # Numerics: float32. delta is known after the last slot only, so dq = scale (sum p g K - delta sum p K); in a float32
-    #   call (EXACT) g counts from that of the most probable slot so far, or the difference would lose digits.
+    # Tiles: [HEADS, TILE_H * TILE_W queries, BLOCK words].
+    # Traffic: the forward's gathers; 8 bytes for each sample and head are written, read again and written.
+    # Numerics: float32. delta is known after the last slot only, so dq = scale (sum p g K - delta sum p K) and ds is
+    #   put in g's place at the end; in float32 (EXACT) g counts from the g of the most probable slot so far, as the
+    #   difference would lose digits.
     P: tl.constexpr = HEIGHT * WIDTH
     TILES: tl.constexpr = ((HEIGHT + TILE_H - 1) // TILE_H) * ((WIDTH + TILE_W - 1) // TILE_W)
     GROUPS: tl.constexpr = H // HEADS
@@ -122,9 +124,7 @@ def _trajectory_attention_bwd_queries_kernel(
     p_base = base + row
     p_fractions = fractions + (2 * row if EXACT else row)
     p_frames = frames + i_t * L
-    p_pairs = pairs + i_ct.to(tl.int64) * L * (P * 2 * H)
-    o_pair = o_site[None, :] * (2 * H) + o_head[:, None]
-
+    p_pairs = pairs + i_ct.to(tl.int64) * L * (P * H) + o_row
     b_delta = tl.zeros([HEADS, Q], tl.float32)
     b_sum = tl.zeros([HEADS, Q], tl.float32)
     b_most = tl.zeros([HEADS, Q], tl.float32)
@@ -147,19 +147,20 @@ def _trajectory_attention_bwd_queries_kernel(
         f64 = frame.to(tl.int64)
         p_kc = p_k + f64 * k_t * UNIT + ((cell * K_P)[None, :, None] + o_c[None, None, :]) + o_kh
         p_vc = p_v + f64 * v_t * UNIT + ((cell * V_P)[None, :, None] + o_c[None, None, :]) + o_vh
-        k0, k1, k2, k3 = load_corners(p_kc, K_P, WIDTH * K_P, m0, m1, m2, m3, HEIGHT, WIDTH)
         v0, v1, v2, v3 = load_corners(p_vc, V_P, WIDTH * V_P, m0, m1, m2, m3, HEIGHT, WIDTH)
+        k0, k1, k2, k3 = load_corners(p_kc, K_P, WIDTH * K_P, m0, m1, m2, m3, HEIGHT, WIDTH)
         o_next += P
         cell, first, second = load_record(p_base, p_fractions, o_next, m_q & (o_next < L * P), EXACT)
         w0 = w0[None, :, None]
         w1 = w1[None, :, None]
         w2 = w2[None, :, None]
         w3 = w3[None, :, None]
-        k_even, k_odd = mix(k0, k1, k2, k3, w0, w1, w2, w3, HEIGHT, WIDTH, KIND)
+        # V first: of it only g is kept, while K goes into dq.
         v_even, v_odd = mix(v0, v1, v2, v3, w0, w1, w2, w3, HEIGHT, WIDTH, KIND)
         # Tile: [HEADS, Q].
-        b_z = dot(q_even, q_odd, k_even, k_odd, KIND) * (scale * LOG2_E)
         b_g = dot(do_even, do_odd, v_even, v_odd, KIND)
+        k_even, k_odd = mix(k0, k1, k2, k3, w0, w1, w2, w3, HEIGHT, WIDTH, KIND)
+        b_z = dot(q_even, q_odd, k_even, k_odd, KIND) * (scale * LOG2_E)
         b_p = tl.exp2(tl.where(is_live[None, :], b_z - b_lse, float("-inf")))
         if EXACT:
             b_next = tl.where(b_p > b_most, b_g, b_centre)
@@ -174,9 +175,8 @@ def _trajectory_attention_bwd_queries_kernel(
         b_pg = b_p * (b_g - b_centre)
         b_delta += b_pg
         if NEEDS_PAIRS:
-            tl.store(p_pairs + o_pair, b_p, mask=m_q[None, :])
-            tl.store(p_pairs + (o_pair + H), b_g, mask=m_q[None, :])
-            p_pairs += P * 2 * H
+            tl.store(p_pairs, join_pair(b_p, b_g), mask=m_q[None, :])
+            p_pairs += P * H
         if NEEDS_DQ:
             b_p = b_p[:, :, None]
             b_pg = b_pg[:, :, None]
@@ -188,7 +188,13 @@ def _trajectory_attention_bwd_queries_kernel(
     if HAS_DLSE:
         b_delta -= tl.load(dlse + bt64 + o_row, mask=m_q[None, :], other=0.0)
     if NEEDS_PAIRS:
-        tl.store(delta + i_ct.to(tl.int64) * (P * H) + o_row, b_delta + b_centre, mask=m_q[None, :])
+        tl.debug_barrier()  # the program's own stores, by other threads
+        p_pairs = pairs + i_ct.to(tl.int64) * L * (P * H) + o_row
+        for _ in range(0, L):
+            b_p, b_g = split_pair(tl.load(p_pairs, mask=m_q[None, :], other=0))
+            b_ds = b_p * ((b_g - b_centre) - b_delta) * scale
+            tl.store(p_pairs, join_pair(b_p, b_ds), mask=m_q[None, :])
+            p_pairs += P * H
     if NEEDS_DQ:
         b_delta = b_delta[:, :, None]
         b_dq = channels(pgk_even - b_delta * pk_even, pgk_odd - b_delta * pk_odd, KIND) * scale

@@ -10,6 +10,7 @@ from zsvr_kernels.ops.trajectory_attention.triton_samples import (
     is_inside,
     load_corners,
     over_channels,
+    split_pair,
     tile_sites,
 )
 
@@ -27,8 +28,7 @@ def _trajectory_attention_bwd_samples_kernel(
     q,  # [B, T, P, H, D]
     k,  # [B, Tk, P, H, D]
     v,  # [B, Tk, P, H, D]
-    pairs,  # fp32 [clips, T, L, P, 2, H]: p, g
-    delta,  # fp32 [clips, T, P, H]
+    pairs,  # int64 [clips, T, L, P, H]: two float32, p and scale ds
     base,  # int32 [Bp, T, L, P]
     positions,  # fp32 [Bp, T, L, P, 2]
     frames,  # int32 [T, L]
@@ -49,7 +49,6 @@ def _trajectory_attention_bwd_samples_kernel(
     v_t,
     v_p,
     v_h,  # strides in units of UNIT numbers
-    scale,
     first_clip,
     stop_clip,
     Bp,
@@ -67,7 +66,7 @@ def _trajectory_attention_bwd_samples_kernel(
     UNIT: tl.constexpr,
     IS_FIRST: tl.constexpr,
 ):
-    # Computes: dx = sum over heads of scale p (g - delta) q . dK/dx + p dO . dV/dx, dy alike; 0 where clamped or dead.
+    # Computes: dx = sum over heads of scale ds q . dK/dx + p dO . dV/dx, dy alike; 0 where clamped or dead.
     # Grid: (Bp * T * L * tiles of sites,), tiles innermost.
     # Tiles: [HEADS, TILE_H * TILE_W samples, BLOCK_D], for all heads and for the clips of an entry in turn.
     # Traffic: 10 H D elements for each sample and clip, 8 of them mostly from L1 and L2.
@@ -115,18 +114,14 @@ def _trajectory_attention_bwd_samples_kernel(
         p_v = v + b64 * v_b + f64 * v_t
         c64 = i_b64 - first_clip
         i_b64 += Bp
-        p_pairs = pairs + (c64 * (T * L) + i_tl) * (P * 2 * H)
-        p_delta = delta + (c64 * T + i_t) * (P * H)
+        p_pairs = pairs + (c64 * (T * L) + i_tl) * (P * H)
         for i_h in range(0, H, HEADS):
             o_head = i_h + tl.arange(0, HEADS)
             # Tile: [HEADS, Q].
-            o_pair = o_site[None, :] * (2 * H) + o_head[:, None]
-            b_p = tl.load(p_pairs + o_pair, mask=is_live[None, :], other=0.0)
-            b_g = tl.load(p_pairs + (o_pair + H), mask=is_live[None, :], other=0.0)
-            o_delta = o_site[None, :] * H + o_head[:, None]
-            b_delta = tl.load(p_delta + o_delta, mask=is_live[None, :], other=0.0)
-            b_ds = (b_p * (b_g - b_delta) * scale)[:, :, None]
+            o_pair = o_site[None, :] * H + o_head[:, None]
+            b_p, b_ds = split_pair(tl.load(p_pairs + o_pair, mask=is_live[None, :], other=0))
             b_p = b_p[:, :, None]
+            b_ds = b_ds[:, :, None]
             # Tile: [HEADS, Q, BLOCK_D].
             o_tile = (o_head * (q_h * UNIT))[:, None, None] + (o_site * (q_p * UNIT))[None, :, None]
             b_q = tl.load(p_q + (o_tile + o_d[None, None, :]), mask=m_qd, other=0.0).to(tl.float32) * b_ds

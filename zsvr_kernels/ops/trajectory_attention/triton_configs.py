@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,7 @@ class Tile:
         height, width: the tile of sites, powers of two.
         entries: entries of the inverse index taken at a time (by source sites alone).
         num_warps: warps of a program.
+        registers: the most that a thread may use; None: as many as the compiler likes.
     """
 
     heads: int
@@ -22,6 +24,7 @@ class Tile:
     width: int
     entries: int
     num_warps: int
+    registers: int | None = None
 
 
 def power_of_two(n: int) -> int:
@@ -29,28 +32,39 @@ def power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-# (target, kernel) -> lanes' 16-byte pieces of a tile for each thread and head, heads, entries, warps.
-_TABLE: dict[tuple[str, str], tuple[int, int, int, int]] = {
-    ("cpu", "fwd"): (4, 4, 1, 4),
-    ("cpu", "queries"): (4, 4, 1, 4),
-    ("cpu", "sites"): (4, 4, 8, 4),
-    ("cpu", "samples"): (4, 4, 1, 4),
+class Row(NamedTuple):
+    """A row of the table: 16-byte pieces of a tile for each thread and head, then as in `Tile`."""
+
+    pieces: int
+    heads: int
+    entries: int
+    warps: int
+    registers: int | None = None
+
+
+# (target, kernel); what is not listed has the row of `_DEFAULT`.
+_TABLE: dict[tuple[str, str], Row] = {
+    ("cpu", "fwd"): Row(4, 2, 1, 4),
+    ("cpu", "queries"): Row(4, 2, 1, 4),
+    ("cpu", "sites"): Row(4, 2, 3, 4),
+    ("cpu", "samples"): Row(4, 2, 1, 4),
 }
-_DEFAULT: dict[str, tuple[int, int, int, int]] = {
-    "fwd": (1, 2, 1, 4),
-    "queries": (1, 1, 1, 4),
-    "sites": (1, 2, 2, 4),
-    "samples": (1, 1, 1, 4),
+_DEFAULT: dict[str, Row] = {
+    "fwd": Row(1, 2, 1, 8, 80),
+    "queries": Row(1, 2, 1, 8, 128),
+    "sites": Row(1, 2, 2, 8),
+    "samples": Row(1, 1, 1, 4),
 }
 
 
 def tile(kernel: str, target: str, itemsize: int, D: int, H: int, grid: tuple[int, int]) -> Tile:
     """Return the tile of ``"fwd"``, ``"queries"``, ``"sites"`` or ``"samples"`` (the backward's three) for a call."""
-    pieces, heads, entries, warps = _TABLE.get((target, kernel), _DEFAULT[kernel])
-    lanes = max(1, power_of_two(D) * itemsize // 16)  # threads of one row
-    if lanes > 32:
-        warps = 1  # a row in one warp: no sum crosses warps
-    sites = max(1, pieces * 32 * warps // lanes)
+    row = _TABLE.get((target, kernel), _DEFAULT[kernel])
+    lanes = max(1, power_of_two(D) * itemsize // 16)  # threads of one row of numbers
+    if lanes > 32:  # a row stays in one warp, so that no sum crosses warps
+        row = Row(row.pieces, 1, row.entries, 1)
+    sites = max(1, row.pieces * 32 * row.warps // lanes)
     width = min(8, power_of_two(grid[1]))
     height = max(1, min(sites // width, power_of_two(grid[0])))
-    return Tile(math.gcd(heads, H), height, max(1, sites // height), entries, warps)
+    registers = row.registers if target.startswith("sm_") else None
+    return Tile(math.gcd(row.heads, H), height, max(1, sites // height), row.entries, row.warps, registers)

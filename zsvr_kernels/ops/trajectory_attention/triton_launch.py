@@ -14,7 +14,7 @@ from zsvr_kernels.inverse_index import Index, inverse
 from zsvr_kernels.ops.trajectory_attention import triton_configs
 from zsvr_kernels.records import Records
 
-# Clips of a backward are taken in turn where their pairs (p and g of every sample and head) would exceed this.
+# Clips of a backward are taken in turn where their pairs (p and ds of every sample and head) would exceed this.
 PAIR_BYTES = 1 << 28
 _BELOW = 1 << 31
 
@@ -45,6 +45,12 @@ def _within_frame(x: Tensor) -> Tensor:
     return x if span < _BELOW and x.stride(4) == 1 else x.contiguous()
 
 
+def _is_flat(x: Tensor) -> bool:
+    """Return whether a clip's sites follow one another at one distance, within 2^31 numbers."""
+    T, P = x.shape[1:3]
+    return (T == 1 or x.stride(1) == P * x.stride(2)) and T * P * x.stride(2) + x.shape[3] * x.stride(3) < _BELOW
+
+
 def _is_dense(*tokens: Tensor) -> bool:
     """Return whether all rows begin at multiples of 8 numbers, as those of dense tokens do."""
     return all(s % 8 == 0 for x in tokens for s in x.stride()[:4]) and all(x.data_ptr() % 16 == 0 for x in tokens)
@@ -55,7 +61,8 @@ class _Rows:
     """How a kernel reads rows of numbers.
 
     Attributes:
-        kind: 0: numbers one by one; 1, 2: words of two bfloat16, float16.
+        kind: 0: numbers one by one; 1, 2: words of two bfloat16, float16. float16 gains nothing from words; they are
+            for the interpreter, which computes bfloat16 wrongly, to run what bfloat16 does.
         unit: words that strides are counted in. 8 numbers where rows begin at multiples of as many: so the compiler
             knows that loads of 16 bytes are aligned also where a stride is no multiple of 16.
         per_word: numbers of a word.
@@ -66,21 +73,26 @@ class _Rows:
     per_word: int
 
     @classmethod
-    def of(cls, *tokens: Tensor, as_words: bool = True) -> _Rows:
+    def of(cls, target: str, *tokens: Tensor) -> _Rows:
         if not _is_dense(*tokens):
             return cls(0, 1, 1)
-        kind = {torch.bfloat16: 1, torch.float16: 2}.get(tokens[0].dtype, 0) if as_words else 0
+        kinds = {torch.bfloat16: 1, torch.float16: 2} if target == "cpu" else {torch.bfloat16: 1}
+        kind = kinds.get(tokens[0].dtype, 0)
         per_word = 2 if kind else 1
         return cls(kind, 8 // per_word, per_word)
+
+    def one_by_one(self) -> _Rows:
+        """Return the same rows, read number by number."""
+        return _Rows(0, self.unit * self.per_word, 1)
 
     def strides(self, axes: str, **tokens: Tensor) -> dict[str, int]:
         """Return strides of the given axes in units, by the kernels' names."""
         size = self.unit * self.per_word
         return {f"{name}_{a}": x.stride("btph".index(a)) // size for name, x in tokens.items() for a in axes}
 
-    def constants(self, k: Tensor, v: Tensor) -> dict[str, int]:
-        """Return the strides within a frame of K and V in words."""
-        pairs = {"K_P": k.stride(2), "K_H": k.stride(3), "V_P": v.stride(2), "V_H": v.stride(3)}
+    def constants(self, **tokens: Tensor) -> dict[str, int]:
+        """Return the strides within a frame of what is gathered, in words, as K_P and K_H for ``K=``."""
+        pairs = {f"{name}_{a}": x.stride(axis) for name, x in tokens.items() for axis, a in ((2, "P"), (3, "H"))}
         return {name: s // self.per_word for name, s in pairs.items()}
 
     def sizes(self, D: int) -> dict[str, int]:
@@ -104,7 +116,10 @@ def _constants(kernel: str, target: str, q: Tensor, grid: tuple[int, int]) -> tu
     }
     if kernel == "sites":
         constants["ENTRIES"] = tile.entries
-    return constants, {"num_warps": tile.num_warps, "num_stages": 1}
+    options = {"num_warps": tile.num_warps, "num_stages": 1}
+    if tile.registers is not None:
+        options["maxnreg"] = tile.registers
+    return constants, options
 
 
 def _tiles(constants: dict[str, Any]) -> int:
@@ -127,8 +142,8 @@ def plan_fwd(
     B, T, _, H, _ = q.shape
     base, fractions = made
     q, k, v = _within_frame(q), _within_frame(k), _within_frame(v)
-    rows = _Rows.of(q, k, v)
-    out_rows = _Rows.of(out, as_words=False)
+    rows = _Rows.of(target, q, k, v)
+    out_rows = _Rows.of(target, out).one_by_one()
     constants, options = _constants("fwd", target, q, grid)
     arguments = {
         "q": q,
@@ -147,7 +162,7 @@ def plan_fwd(
         "T": T,
         "Tk": k.shape[1],
         "L": frames.shape[1],
-        **rows.constants(k, v),
+        **rows.constants(K=k, V=v),
         **rows.sizes(q.shape[4]),
         **constants,
         "OUT_UNIT": out_rows.unit,
@@ -179,7 +194,8 @@ def plan_bwd(
     base, fractions = made
     Bp = base.shape[0]
     d_o, q, k, v = (_within_frame(x) for x in (d_o, q, k, v))
-    rows, single = _Rows.of(d_o, q, k, v), _Rows.of(d_o, q, k, v, as_words=False)
+    rows = _Rows.of(target, d_o, q, k, v)
+    single = rows.one_by_one()
     lse, frames, positions = lse.contiguous(), frames.contiguous(), positions.detach().contiguous()
     gradients = tuple(
         x.new_empty(x.shape if needed else (0,)) for x, needed in zip((q, k, v, positions), needs, strict=True)
@@ -188,10 +204,9 @@ def plan_bwd(
     needs_pairs = any(needs[1:])
     clips = max(1, min(B, PAIR_BYTES // (8 * T * L * P * H))) if needs_pairs else B
     n = clips if needs_pairs else 0
-    pairs = lse.new_empty((n, T, L, P, 2, H))
-    delta = lse.new_empty((n, T, P, H))
+    pairs = lse.new_empty((n, T, L, P, H), dtype=torch.int64)
     query, site, sample = (_constants(name, target, q, grid) for name in ("queries", "sites", "samples"))
-    common = {"scale": scale, "Bp": Bp, "T": T, "Tk": Tk, "L": L}
+    common = {"Bp": Bp, "T": T, "Tk": Tk, "L": L}
     launches = []
     for first in range(0, B, clips):
         count = min(clips, B - first)
@@ -207,12 +222,12 @@ def plan_bwd(
             "frames": frames,
             "dq": dq,
             "pairs": pairs,
-            "delta": delta,
             **rows.strides("btph", d_o=d_o, q=q),
             **rows.strides("bt", k=k, v=v),
             **common,
+            "scale": scale,
             "first_clip": first,
-            **rows.constants(k, v),
+            **rows.constants(K=k, V=v),
             **rows.sizes(D),
             **query[0],
             "EXACT": fractions.dtype == torch.float32,
@@ -231,11 +246,11 @@ def plan_bwd(
                 "d_o": d_o,
                 "q": q,
                 "pairs": pairs,
-                "delta": delta,
                 **dict(zip(("offsets", "samples", "weights"), index, strict=True)),
                 "dk": dk,
                 "dv": dv,
-                **rows.strides("btph", d_o=d_o, q=q),
+                **rows.strides("bt", d_o=d_o, q=q),
+                **rows.constants(DO=d_o, Q=q),
                 **common,
                 "inverse_L": 1.0 / L,
                 "N": index[1].numel(),
@@ -243,6 +258,7 @@ def plan_bwd(
                 **rows.sizes(D),
                 **site[0],
                 "IS_SHORT": T * L < 1 << 21,
+                "IS_FLAT": T * L * P * H < _BELOW and all(_is_flat(x) for x in (q, d_o)),
                 "NEEDS_DK": needs[1],
                 "NEEDS_DV": needs[2],
             }
@@ -259,7 +275,6 @@ def plan_bwd(
                 "k": k,
                 "v": v,
                 "pairs": pairs,
-                "delta": delta,
                 "base": base,
                 "positions": positions,
                 "frames": frames,

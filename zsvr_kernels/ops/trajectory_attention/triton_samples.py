@@ -147,3 +147,17 @@ def mix(c0, c1, c2, c3, w0, w1, w2, w3, HEIGHT: tl.constexpr, WIDTH: tl.constexp
         even += w3 * x
         odd += w3 * y
     return even, odd
+
+
+@triton.jit
+def join_pair(first, second):  # two float32 as one int64
+    first = first.to(tl.int32, bitcast=True).to(tl.int64)
+    second = second.to(tl.int32, bitcast=True).to(tl.int64)
+    return (second << 32) | (first & 0xFFFFFFFF)
+
+
+@triton.jit
+def split_pair(pair):
+    first = pair.to(tl.int32).to(tl.float32, bitcast=True)
+    second = (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    return first, second
