@@ -13,7 +13,6 @@ from zsvr_kernels.ops.trajectory_attention import registration as _trajectory  #
 from zsvr_kernels.trajectories import Trajectories
 from zsvr_kernels.validation import refuse_double_backward
 
-
 # Backends whose cross-frame backward adds into dq and dk.
 BACKENDS = ("cpu", "triton")
 
@@ -61,7 +60,5 @@ class SerialFunction(torch.autograd.Function):
         dq, dk, dx, _ = torch.ops.zsvr.trajectory_attention_bwd(
             d_o, None, q, k, x, lse, *where, ctx.scale, needs, ctx.backend
         )
-        dv = torch.ops.zsvr.cross_frame_attention_bwd_add(
-            dx, q, k, v, x, lse_x, frames, ctx.scale, ctx.backend, dq, dk
-        )
+        dv = torch.ops.zsvr.cross_frame_attention_bwd_add(dx, q, k, v, x, lse_x, frames, ctx.scale, ctx.backend, dq, dk)
         return dq, dk, dv, None, None, None, None

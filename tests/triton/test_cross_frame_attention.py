@@ -175,8 +175,8 @@ def test_constant_values_and_permuted_frames(device, generator):
 
 
 @pytest.mark.parametrize("layout", testing.LAYOUTS)
-def test_strides_do_not_matter_and_nothing_else_is_written(layout, dtype, device, generator):
-    q, k, v, frames = inputs((2, 2, 2, 37, 2, 24, 1), dtype, torch.device("cpu"), generator)
+def test_strides_do_not_matter_and_nothing_else_is_written(layout, device, generator):
+    q, k, v, frames = inputs((2, 2, 2, 11, 2, 24, 1), torch.float16, torch.device("cpu"), generator)
     views = [testing.guarded(x, layout) for x in (q, k, v)]
     out = testing.guarded(torch.zeros_like(q), layout)
     q, k, v, frames = (x.to(device) for x in (q, k, v, frames))
@@ -198,8 +198,8 @@ def test_strides_do_not_matter_and_nothing_else_is_written(layout, dtype, device
 
 
 def test_expanded_inputs_and_gradients(device, generator):
-    q, k, v, frames = inputs((1, 2, 2, 20, 1, 16, 2), torch.float32, device, generator)
-    wide = [x.expand(2, 2, 20, 3, 16).detach().requires_grad_() for x in (q, k, v)]
+    q, k, v, frames = inputs((1, 2, 2, 9, 1, 16, 2), torch.float32, device, generator)
+    wide = [x.expand(2, 2, 9, 2, 16).detach().requires_grad_() for x in (q, k, v)]
     dense = [x.detach().contiguous().requires_grad_() for x in wide]
     outs = [attend(*x, frames) for x in (wide, dense)]
     assert torch.equal(*outs)
@@ -219,7 +219,7 @@ def test_rows_too_far_apart_for_32_bits(device):
 
 @pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)], ids=str)
 def test_gradients_one_by_one(needs, device, generator):
-    q, k, v, frames = inputs((1, 2, 2, 33, 1, 24, 2), torch.float32, device, generator)
+    q, k, v, frames = inputs((1, 2, 2, 17, 1, 24, 1), torch.float32, device, generator)
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     every = torch.autograd.grad(attend(*leaves, frames).square().sum(), leaves)
     some = [x.detach().requires_grad_(n) for x, n in zip((q, k, v), needs, strict=True)]
@@ -229,7 +229,7 @@ def test_gradients_one_by_one(needs, device, generator):
 
 
 def test_gradients_that_are_added(dtype, device, generator):
-    q, k, v, frames = inputs((1, 2, 3, 37, 2, 40, 2), dtype, device, generator)
+    q, k, v, frames = inputs((1, 2, 3, 19, 2, 40, 2), dtype, device, generator)
     o, lse = attend(q, k, v, frames, return_lse=True)
     call = (q, q, k, v, o, lse, frames, 0.2, "triton")
     fresh = torch.ops.zsvr.cross_frame_attention_bwd(q, None, *call[1:8], [True, True, True], "triton")
@@ -247,7 +247,7 @@ def test_gradients_that_are_added(dtype, device, generator):
 
 
 def test_any_run_gives_the_same_bits(dtype, device, generator):
-    q, k, v, frames = inputs((2, 3, 3, 35, 2, 40, 2), dtype, device, generator)
+    q, k, v, frames = inputs((1, 2, 2, 19, 2, 40, 2), dtype, device, generator)
     leaves = [x.requires_grad_() for x in (q, k, v)]
     weight = torch.randn(q.shape, generator=generator).to(device, dtype)
     results = []
@@ -285,4 +285,4 @@ def test_every_head_dim_and_frame_size_has_tiles():
             for kernel in ("fwd", "dq", "dkv"):
                 for itemsize in (2, 4):
                     for P in (1, 64, 256, 4096):
-                        assert all(n & (n - 1) == 0 for n in tiles(kernel, target, itemsize, D, P, 2)[:3])
+                        assert all(n & (n - 1) == 0 for n in tiles(kernel, target, itemsize, D, P)[:3])

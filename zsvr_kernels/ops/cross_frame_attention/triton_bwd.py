@@ -265,7 +265,7 @@ def _cross_frame_attention_bwd_dkv_kernel(
     steps = tl.cdiv(count * P, BLOCK_M) if PACKED else count * ((P + BLOCK_M - 1) // BLOCK_M)
     entry = entries_of(0, p_users, count, P, BLOCK_M, PACKED)
     for step in range(0, steps):
-        frame, first, site, m_m, present = find_rows(step, entry, T, P, BLOCK_M, PACKED, WIDE)
+        frame, first, site, m_m, _ = find_rows(step, entry, T, P, BLOCK_M, PACKED, WIDE)
         entry = entries_of(step + 1, p_users, count, P, BLOCK_M, PACKED)
         p_tile = rows_of(p_q, frame, q_frame, ALIGN, first, Q_SITE, PACKED)
         b_q1 = load_rows(p_tile, site, m_m, Q_SITE, 0, D1, D)

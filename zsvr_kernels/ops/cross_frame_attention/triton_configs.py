@@ -1,8 +1,7 @@
-"""Tiles of cross-frame attention's kernels by target, dtype, head dim and sites: a table, nothing is tuned at run time."""
+"""Tiles of cross-frame attention's kernels by target, dtype, head dim and sites; nothing is tuned at run time."""
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 
@@ -19,42 +18,147 @@ class Tiles(NamedTuple):
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
-Table = dict[str, dict[str, tuple[tuple[int, Tiles], ...]]]
+ANY = 1 << 30
 
-# kernel -> target -> (largest D, tiles), ascending.
-_BITS_16: Table = {
-    "fwd": {
-        "sm_90": (
-            (96, Tiles(128, 64, 4, 3)),
-            (128, Tiles(128, 64, 8, 3)),
-            (256, Tiles(128, 64, 8, 2)),
-        ),
-        "cpu": ((256, Tiles(32, 32, 4, 1)),),
+# (largest D, largest P, tiles), the first that fits. Held by `make gates`: no spills, shared memory within limits, and
+# on sm_90 no matrix products that wait for each other for want of registers.
+Row = tuple[int, int, Tiles]
+
+_HOPPER: dict[str, tuple[Row, ...]] = {
+    "fwd": (
+        (160, 64, Tiles(64, 64, 4, 3)),
+        (96, ANY, Tiles(128, 64, 4, 3)),
+        (128, ANY, Tiles(128, 128, 8, 3)),
+        (160, ANY, Tiles(128, 64, 8, 3)),
+        (256, ANY, Tiles(128, 64, 8, 2)),
+    ),
+    "dq": (
+        (160, 64, Tiles(64, 64, 4, 2)),
+        (64, ANY, Tiles(128, 64, 8, 3)),
+        (96, ANY, Tiles(64, 64, 4, 2)),
+        (160, ANY, Tiles(128, 64, 8, 2)),
+        (256, ANY, Tiles(128, 32, 8, 2)),
+    ),
+    "dkv": (
+        (96, ANY, Tiles(64, 64, 4, 3)),
+        (128, ANY, Tiles(32, 128, 8, 2)),
+        (256, ANY, Tiles(32, 64, 8, 2)),
+    ),
+}
+_BLACKWELL: dict[str, tuple[Row, ...]] = {
+    **_HOPPER,
+    "dkv": (
+        (96, ANY, Tiles(64, 64, 4, 3)),
+        (128, ANY, Tiles(64, 128, 8, 2)),
+        (160, ANY, Tiles(32, 128, 8, 2)),
+        (256, ANY, Tiles(32, 64, 8, 2)),
+    ),
+}
+_AMPERE: dict[str, tuple[Row, ...]] = {
+    "fwd": (
+        (96, 64, Tiles(64, 64, 4, 3)),
+        (64, ANY, Tiles(128, 64, 4, 3)),
+        (128, ANY, Tiles(128, 64, 8, 3)),
+        (192, ANY, Tiles(128, 32, 8, 2)),
+        (256, ANY, Tiles(64, 32, 8, 2)),
+    ),
+    "dq": (
+        (96, 64, Tiles(64, 64, 4, 2)),
+        (64, ANY, Tiles(128, 64, 8, 2)),
+        (128, ANY, Tiles(64, 64, 8, 2)),
+        (256, ANY, Tiles(64, 32, 8, 2)),
+    ),
+    "dkv": (
+        (64, ANY, Tiles(64, 64, 4, 2)),
+        (128, ANY, Tiles(64, 64, 8, 2)),
+        (192, ANY, Tiles(16, 64, 8, 2)),
+        (256, ANY, Tiles(32, 32, 8, 2)),
+    ),
+}
+_SMALL_AMPERE: dict[str, tuple[Row, ...]] = {
+    "fwd": (
+        (96, 64, Tiles(64, 64, 4, 2)),
+        (64, ANY, Tiles(128, 64, 4, 2)),
+        (128, ANY, Tiles(128, 32, 8, 2)),
+        (256, ANY, Tiles(64, 32, 8, 2)),
+    ),
+    "dq": (
+        (96, 64, Tiles(64, 64, 4, 2)),
+        (64, ANY, Tiles(128, 64, 8, 2)),
+        (128, ANY, Tiles(64, 64, 8, 2)),
+        (192, ANY, Tiles(32, 32, 8, 2)),
+        (256, ANY, Tiles(32, 32, 8, 1)),
+    ),
+    "dkv": (
+        (64, ANY, Tiles(64, 64, 4, 2)),
+        (128, ANY, Tiles(32, 64, 8, 2)),
+        (192, ANY, Tiles(16, 64, 8, 2)),
+        (256, ANY, Tiles(32, 32, 8, 2)),
+    ),
+}
+_CDNA3: dict[str, tuple[Row, ...]] = {
+    "fwd": (
+        (64, ANY, Tiles(128, 64, 4, 2)),
+        (160, ANY, Tiles(128, 32, 4, 1)),
+        (256, ANY, Tiles(64, 32, 4, 1)),
+    ),
+    "dq": (
+        (64, ANY, Tiles(64, 64, 4, 1)),
+        (256, ANY, Tiles(64, 32, 4, 1)),
+    ),
+    "dkv": (
+        (64, ANY, Tiles(64, 64, 4, 1)),
+        (128, ANY, Tiles(32, 64, 4, 1)),
+        (256, ANY, Tiles(32, 32, 4, 1)),
+    ),
+}
+_FLOAT32: dict[str, tuple[Row, ...]] = {
+    "fwd": (
+        (96, ANY, Tiles(64, 32, 8, 2)),
+        (160, ANY, Tiles(32, 32, 8, 2)),
+        (256, ANY, Tiles(32, 16, 8, 2)),
+    ),
+    "dq": (
+        (96, ANY, Tiles(32, 32, 4, 2)),
+        (256, ANY, Tiles(32, 16, 8, 2)),
+    ),
+    "dkv": (
+        (96, ANY, Tiles(32, 32, 8, 2)),
+        (256, ANY, Tiles(16, 32, 8, 2)),
+    ),
+}
+_FLOAT32_CDNA3: dict[str, tuple[Row, ...]] = {
+    **_FLOAT32,
+    "dkv": (
+        (96, ANY, Tiles(16, 32, 4, 1)),
+        (256, ANY, Tiles(16, 16, 4, 1)),
+    ),
+}
+_INTERPRETER: dict[str, tuple[Row, ...]] = {name: ((256, ANY, Tiles(32, 32, 4, 1)),) for name in ("fwd", "dq", "dkv")}
+_TABLES = {
+    2: {
+        "sm_80": _AMPERE,
+        "sm_86": _SMALL_AMPERE,
+        "sm_90": _HOPPER,
+        "sm_100": _BLACKWELL,
+        "gfx942": _CDNA3,
+        "cpu": _INTERPRETER,
     },
-    "dq": {
-        "sm_90": (
-            (64, Tiles(128, 64, 8, 3)),
-            (128, Tiles(128, 64, 8, 2)),
-            (256, Tiles(64, 64, 8, 2)),
-        ),
-        "cpu": ((256, Tiles(32, 32, 4, 1)),),
-    },
-    "dkv": {
-        "sm_90": (
-            (64, Tiles(64, 128, 8, 3)),
-            (128, Tiles(64, 128, 8, 2)),
-            (256, Tiles(64, 64, 8, 2)),
-        ),
-        "cpu": ((256, Tiles(32, 32, 4, 1)),),
+    4: {
+        "sm_80": _FLOAT32,
+        "sm_86": _FLOAT32,
+        "sm_90": _FLOAT32,
+        "sm_100": _FLOAT32,
+        "gfx942": _FLOAT32_CDNA3,
+        "cpu": _INTERPRETER,
     },
 }
-_BITS_32 = _BITS_16
 
 
 def split(D: int) -> tuple[int, int]:
     """Return the channels of the two tiles of a row: powers of two from 16 on, the second 0 where one is enough."""
     first = 1 << (D.bit_length() - 1)
-    if D <= 16 or D == first:
+    if D <= 16 or first == D:
         return max(first, 16), 0
     return first, max(16, 1 << (D - first - 1).bit_length())
 
@@ -64,10 +168,10 @@ def is_packed(P: int, block: int) -> bool:
 
     They do where tiles that end with the frame would waste much.
     """
-    return P % block != 0 and P < 4 * block
+    return P % block != 0 and 4 * block > P
 
 
-def tiles(kernel: str, target: str, itemsize: int, D: int, P: int, R: int) -> Tiles:
+def tiles(kernel: str, target: str, itemsize: int, D: int, P: int) -> Tiles:
     """Return the tiles of kernel ``"fwd"``, ``"dq"`` or ``"dkv"``.
 
     Args:
@@ -75,7 +179,6 @@ def tiles(kernel: str, target: str, itemsize: int, D: int, P: int, R: int) -> Ti
         itemsize: bytes of an element.
         D: head dim.
         P: sites of a frame.
-        R: entries of a row of the frame table.
     """
-    table = (_BITS_16 if itemsize == 2 else _BITS_32)[kernel]
-    return next(t for largest, t in table[target] if largest >= D)
+    rows = _TABLES[itemsize][target][kernel]
+    return next(chosen for largest_D, largest_P, chosen in rows if largest_D >= D and largest_P >= P)

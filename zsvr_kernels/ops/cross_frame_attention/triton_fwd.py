@@ -18,10 +18,7 @@ def entries_of(step, p_frames, count, P: tl.constexpr, BLOCK: tl.constexpr, PACK
 
     Loops load them for their next step: an address that waits for a load of its own step delays the whole pipeline.
     """
-    if PACKED:
-        i_entry = (step * BLOCK + tl.arange(0, BLOCK)) // P
-    else:
-        i_entry = step // ((P + BLOCK - 1) // BLOCK)
+    i_entry = (step * BLOCK + tl.arange(0, BLOCK)) // P if PACKED else step // ((P + BLOCK - 1) // BLOCK)
     return tl.load(p_frames + i_entry, mask=i_entry < count, other=-1)
 
 
