@@ -6,8 +6,11 @@ would be given.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import importlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +90,7 @@ def gated() -> list[Case]:
         for dtype in DTYPES
         for level in ("adm-32", "sd-64")
     ]
+    found += [Case("cross_frame_attention", "adm-32", T, "fp32", direction, "tf32") for direction in ("fwd", "bwd")]
     found += [Case("trajectory_attention", "adm-32", T, dtype, "bwd", "positions") for dtype in DTYPES]
     found += [Case("trajectory_records", "adm-32", T, dtype, "fwd") for dtype in ("bf16", "fp32")]
     found += [Case("chain_links", level, T, "fp32", "fwd", v) for level in ("adm-32", "adm-8") for v in ("", "records")]
@@ -200,6 +204,17 @@ def _link_score(case: Case, target: str) -> list[Launch]:
     return _launcher("correspondence_search").plan_score(*_features(case), positions, case.shape.grid, target)[0]
 
 
+@contextlib.contextmanager
+def _float32_products(precision: str) -> Iterator[None]:
+    """Plan as if the user had chosen how float32 enters matrix products."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 _PLANS = {
     "cross_frame_attention": _cross_frame_attention,
     "trajectory_attention": _trajectory_attention,
@@ -216,7 +231,8 @@ def launches(case: Case, target: str) -> tuple[Launch, ...]:
     if case.direction == "step":
         parts = [Case(case.op, case.level, case.T, case.dtype, part, case.variant) for part in ("fwd", "bwd")]
         return tuple(launch for part in parts for launch in launches(part, target))
-    return tuple(_PLANS[case.op](case, target))
+    with _float32_products("high" if case.variant == "tf32" else "highest"):
+        return tuple(_PLANS[case.op](case, target))
 
 
 # ---- what is due ----
@@ -242,7 +258,9 @@ DUE = {
 
 
 def due(launch: Launch) -> Expectation:
-    """Return what is due of a launch's kernel; the matrix unit takes float32 only where the user opted in to TF32.
+    """Return what is due of a launch's kernel.
+
+    The matrix unit takes float32 only where the user opted in to TF32, in tiles that may be too small for wgmma.
 
     Raises:
         KeyError: nothing was said of the kernel in `DUE`.
@@ -251,7 +269,7 @@ def due(launch: Launch) -> Expectation:
     if name not in DUE:
         raise KeyError(f"gates/cases.py does not say what is due of {name}")
     expectation = DUE[name]
-    is_half = any(isinstance(x, Tensor) and x.element_size() == 2 for x in launch.arguments.values())
-    if expectation.matrix and not is_half and launch.arguments.get("PRECISION", "ieee") == "ieee":
-        return Expectation(rows=expectation.rows)
-    return expectation
+    if any(isinstance(x, Tensor) and x.element_size() == 2 for x in launch.arguments.values()):
+        return expectation
+    is_tf32 = launch.arguments.get("PRECISION") == "tf32"
+    return dataclasses.replace(expectation, matrix=expectation.matrix and is_tf32, wgmma=False)
