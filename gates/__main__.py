@@ -27,6 +27,7 @@ Row = dict[str, Any]
 VERSIONS = ("3.9", "3.6")
 # What is compiled in every committed configuration, elsewhere one launch of every kernel is.
 DEEP = ("sm_90", "3.6")
+CHOICE = f"one launch of every kernel, and every configuration for {DEEP[0]} with Triton {DEEP[1]}"
 
 
 def _git(*arguments: str) -> str | None:
@@ -128,7 +129,7 @@ def main(arguments: list[str] | None = None) -> int:
         raise SystemExit(f"no launch matches {options.select!r}")
     wanted = [(v, row) for v in options.versions for row in (planned if options.full else chosen(planned, v))]
     found, exact = compiled(wanted, options.jobs)
-    write(found, provenance(exact), options.out)
+    write(found, provenance(exact) | {"choice": "all launches" if options.full else CHOICE}, options.out)
     wrong = report.failures(found)
     print("\n".join([*wrong, f"{len(found)} compiles, {len(wrong)} failures; written: {options.out}/kernels.md"]))
     return 1 if wrong else 0

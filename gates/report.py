@@ -57,8 +57,8 @@ def render(rows: list[Row], provenance: Row) -> str:
         "",
         f"Commit {provenance['commit'][:10]}{' and changes' if provenance['dirty'] else ''}, "
         f"Triton {' and '.join(provenance['triton'].values())}. {len(rows)} compiles, {red} fail a gate. "
-        "Shared memory and stack in bytes, registers of a thread, instructions of a warp; counts are of SASS or of "
-        "AMD's assembly. Made by `make gates FULL=1`, nothing was run.",
+        f"Compiled were {provenance['choice']}; nothing was run. Shared memory and stack in bytes, registers of a "
+        "thread, instructions of a warp; counts are of SASS or of AMD's assembly.",
         "",
         "| " + " | ".join(HEADER) + " |",
         "|" + "---|" * len(HEADER),

@@ -238,8 +238,10 @@ def test_the_report_names_kernel_target_release_and_limit():
     (line,) = report.failures([row])
     for part in ("_product_kernel", "sm_90", "3.9.0", "a/case", "got 262144, allowed 232448", "num_stages=8"):
         assert part in line
-    text = report.render([row], {"commit": "0" * 40, "dirty": False, "triton": {"3.9": "3.9.0"}})
-    assert "1 fail a gate" in text and "a/case and 1 more" in text
+    text = report.render(
+        [row], {"commit": "0" * 40, "dirty": False, "triton": {"3.9": "3.9.0"}, "choice": "all launches"}
+    )
+    assert "1 fail a gate" in text and "Compiled were all launches" in text and "a/case and 1 more" in text
 
 
 # ---- disassembly ----
