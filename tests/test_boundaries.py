@@ -16,7 +16,7 @@ from zsvr_kernels import backends
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PYTHON = sorted(p for folder in ("zsvr_kernels", "python") for p in (ROOT / folder).rglob("*.py"))
-OUTSIDE = [p for folder in ("tests", "bench", "examples") for p in (ROOT / folder).rglob("*.py")]
+OUTSIDE = [p for folder in ("tests", "bench", "gates", "examples") for p in (ROOT / folder).rglob("*.py")]
 EVERY_PYTHON = [*PYTHON, *OUTSIDE, ROOT / "setup.py"]
 NATIVE = sorted((*(ROOT / "csrc").rglob("*.cpp"), *(ROOT / "csrc").rglob("*.h")))
 OPERATORS = sorted(p.name for p in (ROOT / "zsvr_kernels" / "ops").iterdir() if (p / "__init__.py").exists())
