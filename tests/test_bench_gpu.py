@@ -267,7 +267,7 @@ def test_a_contestant_is_timed_cold_warm_and_eager(cuda):
 
     prepared = cuda.prepare(call)
     # Two to warm up and one timed; a graph of one call, one of as many as fill WARM_SECONDS.
-    assert prepared.why_not_graphed == "" and len(called) == 2 + 1 + 1 + 10
+    assert prepared.why_not_graphed == "" and len(called) == 2 + 1 + 1 + 10 and not cuda.is_spent
     for timed, expected in ((prepared.cold, 2.9e-5), (prepared.warm, 2.9e-6), (prepared.eager, 2e-4)):
         before = cuda.now()
         timed()
@@ -283,7 +283,7 @@ def test_what_cannot_be_captured_is_called(cuda, monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph", refuse)
     called = []
     prepared = cuda.prepare(lambda: called.append(1))
-    assert prepared.why_not_graphed == "operation not permitted when stream is capturing"
+    assert prepared.why_not_graphed == "operation not permitted when stream is capturing" and cuda.is_spent
     before = len(called)
     prepared.cold()
     assert len(called) == before + 1

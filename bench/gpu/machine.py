@@ -42,6 +42,7 @@ class Host:
     """The CPU in the GPU's place: for trying the code out, not for results."""
 
     name = "dry run on a CPU"
+    is_spent = False
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")
@@ -81,6 +82,7 @@ class Cuda:
 
     backend = "triton"
     has_triton = True
+    is_spent = False  # a capture failed, after which the allocator may go on as if it had not ended
 
     def __init__(self) -> None:
         self.device = torch.device("cuda", torch.cuda.current_device())
@@ -139,6 +141,7 @@ class Cuda:
             many = one if count == 1 else self._capture(call, count).replay
         except (RuntimeError, AssertionError) as error:
             self.synchronize()
+            self.is_spent = True
             why, one, many, count = reason(error), call, eagerly, calls
         return Prepared(
             cold=lambda: self._timed(one, before=lambda: self._flushed.fill_(1)),

@@ -22,7 +22,7 @@ BUILD_SECONDS = 150.0
 TEST_SECONDS = 240.0
 TESTS_AT_ONCE = 8  # most of their time is the compiler's
 GRACE = 3.0  # seconds beyond the deadline in which a step may still end
-BROKEN = 3  # exit status of a worker whose device no longer answers
+BROKEN = 3  # exit status of a worker that cannot go on, where another can
 
 
 def environment() -> dict[str, str]:

@@ -9,7 +9,7 @@ import time
 import traceback
 from typing import Any
 
-BROKEN = 3  # exit status: the device no longer answers in this process
+BROKEN = 3  # exit status: this process cannot go on, another can
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
@@ -103,6 +103,8 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             keep("done", result=result)
         state.leave()
+        if machine.is_spent:
+            return BROKEN
     return 0
 
 
