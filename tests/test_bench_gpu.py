@@ -8,6 +8,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import sysconfig
 import time
 from typing import Any
 from unittest import mock
@@ -200,6 +201,33 @@ def test_the_deadline_ends_a_worker_without_a_verdict(state, tmp_path, monkeypat
         state, {"dies": 60.0}, tmp_path / "logs", Deadline(time.time() + 1.5), [sys.executable, str(script)]
     )
     assert state.get("dies") is None and state.running() is None
+
+
+@pytest.mark.parametrize(
+    ("setup", "budget", "outcome"),
+    [
+        (
+            "import pathlib, sys; pathlib.Path(sys.argv[0]).parent.joinpath('zsvr_kernels', {module!r}).touch()",
+            60,
+            "built",
+        ),
+        ("print('warning: no native module (no compiler); the pure-PyTorch'); print('backends')", 60, "no compiler"),
+        ("import time; time.sleep(60)", 60, "took too long"),
+        ("import time; time.sleep(60)", 0.2, None),
+    ],
+)
+def test_the_native_module_is_built_beside_the_tests(setup, budget, outcome, state, tmp_path, monkeypatch):
+    (tmp_path / "zsvr_kernels").mkdir()
+    (tmp_path / "setup.py").write_text(setup.format(module=f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"))
+    monkeypatch.setattr(processes, "ROOT", tmp_path)
+    if "sleep" in setup:
+        monkeypatch.setattr(processes, "BUILD_SECONDS", 1.0)
+    inside = []
+    with processes.building(state, tmp_path / "logs", Deadline(time.time() + budget), False):
+        inside.append(state.get("build"))
+    record = state.get("build")
+    assert inside == [None] and (outcome is None) == (record is None)
+    assert record is None or outcome in " ".join(record["result"].values())
 
 
 def test_junit_reports_are_read(tmp_path):

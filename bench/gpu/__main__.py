@@ -72,9 +72,9 @@ def main(arguments: list[str] | None = None) -> int:
     said = ""
     try:
         print(f"{kind}: torch {found['torch']}, triton {found['triton'] or 'none'}, into {out}", flush=True)
-        processes.build(state, out / "logs", deadline, options.dry)
         tests_end = Deadline(min(deadline.stop, time.time() + TEST_SHARE * max(deadline.left(), 0.0)))
-        processes.run_tests(state, files, out, tests_end)
+        with processes.building(state, out / "logs", tests_end, options.dry):
+            processes.run_tests(state, files, out, tests_end)
         command = [sys.executable, "-m", "bench.gpu.worker", f"--state={state.folder}", f"--stop={deadline.stop}",
                    f"--fingerprint={fingerprint}", *(["--dry"] if options.dry else [])]  # fmt: skip
         limits = {step.name: step.limit for step in listed}

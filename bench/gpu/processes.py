@@ -6,6 +6,7 @@ import contextlib
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,8 @@ from typing import Any
 from bench.gpu.state import Deadline, State
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-BUILD_SECONDS = 150.0
+BUILD_SECONDS = 200.0
+NICE = ["nice", "-n", "10"] if shutil.which("nice") else []  # tests run beside the build
 TEST_SECONDS = 240.0
 TESTS_AT_ONCE = 8  # most of their time is the compiler's
 GRACE = 3.0  # seconds beyond the deadline in which a step may still end
@@ -65,32 +67,42 @@ def tail(log: pathlib.Path, lines: int = 12) -> str:
         return ""
 
 
-def build(state: State, logs: pathlib.Path, deadline: Deadline, dry: bool) -> None:
-    """Compile the native module in place, without a network; measurements go on without it, and say so."""
+@contextlib.contextmanager
+def building(state: State, logs: pathlib.Path, deadline: Deadline, dry: bool) -> Iterator[None]:
+    """Compile the native module in place beside the block, and wait for it after it; no network is needed.
+
+    Everything goes on without the module, and the report says so. What the deadline cuts off is tried again next time.
+    """
     if state.get("build") is not None:
+        yield
         return
-    start = time.monotonic()
+    start, log = time.monotonic(), logs / "build.log"
     sources = [p.stat().st_mtime for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".h")]
     module = ROOT / "zsvr_kernels" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-    outcome, log = "", logs / "build.log"
+    said, status = "", None
     if module.exists() and module.stat().st_mtime >= max(sources, default=0.0):
-        outcome = "the native module was there"
+        outcome = "it was there"
+        yield
     elif dry:
-        outcome = "no native module: a dry run builds none"
+        outcome = "none: a dry run builds none"
+        yield
     else:
-        with child([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], log) as process:
-            try:
-                status = process.wait(timeout=min(BUILD_SECONDS, max(deadline.left(), 1.0)))
-                outcome = "built" if module.exists() else f"no native module (ZSVR_NATIVE=0): exit status {status}"
-            except subprocess.TimeoutExpired:
-                outcome = f"no native module (ZSVR_NATIVE=0): not built within {BUILD_SECONDS:.0f} s"
-        if not outcome.startswith("built"):
-            with contextlib.suppress(OSError):
-                module.unlink(missing_ok=True)
-    said = tail(log, 40) if outcome.startswith("no native") else ""
-    reason = re.search(r"no native module \((.*?)\); the pure", said, re.S)  # as setup.py puts it
-    said = reason[1] if reason else said[-300:]
-    state.keep("build", "build", "done", time.monotonic() - start, result={"outcome": outcome, "said": said})
+        with child([*NICE, sys.executable, "setup.py", "-q", "build_ext", "--inplace"], log) as process:
+            yield
+            left = min(BUILD_SECONDS - (time.monotonic() - start), deadline.left())
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                status = process.wait(timeout=max(left, 0.0))
+        if status is None and deadline.left() <= 0:
+            return
+        if status == 0 and module.exists():
+            outcome = "built"
+        else:
+            outcome = "none, as with ZSVR_NATIVE=0:"
+            text = tail(log, 40)
+            reason = re.search(r"no native module \((.*?)\); the pure", text, re.S)  # as setup.py puts it
+            said = "its build took too long" if status is None else reason[1] if reason else text[-300:]
+    result = {"outcome": outcome, "said": said}
+    state.keep("build", "build", "done", time.monotonic() - start, result=result)
 
 
 def test_files(folders: tuple[str, ...]) -> list[str]:
