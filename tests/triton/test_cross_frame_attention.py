@@ -284,6 +284,6 @@ def test_every_head_dim_and_frame_size_has_tiles():
         assert first + second >= D and (second == 0 or first < D)
         for target in (*_triton.SHARED_MEMORY, "cpu"):
             for kernel in ("fwd", "dq", "dkv"):
-                for itemsize in (2, 4):
+                for products in ((2, "ieee"), (4, "ieee"), (4, "tf32")):
                     for P in (1, 64, 256, 4096):
-                        assert all(n & (n - 1) == 0 for n in tiles(kernel, target, itemsize, D, P)[:3])
+                        assert all(n & (n - 1) == 0 for n in tiles(kernel, target, *products, D, P)[:3])
