@@ -98,9 +98,9 @@ def test_gradients_of_sharp_attention(D, device, generator):
         assert error[0] < 1.3 * error[1], f"{name}: {error[0]:.2e}, eager {error[1]:.2e}"
 
 
-@pytest.mark.parametrize("P", [7, 64])
+@pytest.mark.parametrize("P", [7, 32])
 def test_empty_rows_and_frames_nobody_lists(P, device, generator):
-    q, k, v, _ = inputs((1, 3, 3, P, 2, 24, 2), torch.float32, device, generator)
+    q, k, v, _ = inputs((1, 3, 3, P, 1, 24, 2), torch.float32, device, generator)
     frames = torch.tensor([[1, -1], [-1, -1], [-1, 0]], dtype=torch.int32, device=device)
     k[:, 2], v[:, 2] = torch.nan, torch.nan
     leaves = [x.requires_grad_() for x in (q, k, v)]
@@ -152,7 +152,7 @@ def test_a_table_is_checked_again_once_it_changed(device, generator):
 
 
 def test_duplicates_count(device, generator):
-    q, k, v, _ = inputs((1, 1, 2, 30, 2, 16, 2), torch.float32, device, generator)
+    q, k, v, _ = inputs((1, 1, 2, 20, 1, 16, 2), torch.float32, device, generator)
     once, twice = (torch.tensor([row], dtype=torch.int32, device=device) for row in ([0, -1], [0, 0]))
     out1, lse1 = attend(q, k, v, once, return_lse=True)
     out2, lse2 = attend(q, k, v, twice, return_lse=True)
@@ -165,7 +165,7 @@ def test_duplicates_count(device, generator):
 
 
 def test_constant_values_and_permuted_frames(device, generator):
-    q, k, v, frames = inputs((1, 3, 3, 50, 2, 40, 2), torch.float32, device, generator)
+    q, k, v, frames = inputs((1, 3, 3, 10, 1, 40, 2), torch.float32, device, generator)
     torch.testing.assert_close(attend(q, k, torch.full_like(v, 0.75), frames), torch.full_like(v, 0.75))
     order = torch.tensor([2, 0, 1], device=device)
     moved = attend(
@@ -176,30 +176,31 @@ def test_constant_values_and_permuted_frames(device, generator):
 
 @pytest.mark.parametrize("layout", testing.LAYOUTS)
 def test_strides_do_not_matter_and_nothing_else_is_written(layout, device, generator):
-    q, k, v, frames = inputs((2, 2, 2, 11, 2, 24, 1), torch.float16, torch.device("cpu"), generator)
+    shape = (1, 2, 2, 11, 2, 24, 1) if layout in ("heads_first", "padded") else (2, 2, 2, 11, 1, 24, 1)
+    q, k, v, frames = inputs(shape, torch.float16, torch.device("cpu"), generator)
     views = [testing.guarded(x, layout) for x in (q, k, v)]
     out = testing.guarded(torch.zeros_like(q), layout)
-    q, k, v, frames = (x.to(device) for x in (q, k, v, frames))
+    frames = frames.to(device)
 
     def on_device(guard):
         buffer = guard.buffer.to(device)
         return buffer, buffer.as_strided(guard.view.shape, guard.view.stride(), guard.view.storage_offset())
 
+    plain = [x.to(device).requires_grad_() for x in (q, k, v)]
+    strided = [on_device(g)[1].detach().requires_grad_() for g in views]
+    outs = [attend(*x, frames) for x in (plain, strided)]
+    gradients = [torch.autograd.grad(o.float().square().sum(), x) for o, x in zip(outs, (plain, strided), strict=True)]
+    assert torch.equal(*outs) and all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
     buffer, target = on_device(out)
-    leaves = [on_device(g)[1].detach().requires_grad_() for g in views]
     with torch.no_grad():
-        expected = attend(q, k, v, frames)
-        assert attend(*leaves, frames, out=target) is target and torch.equal(target, expected)
+        assert attend(*strided, frames, out=target) is target and torch.equal(target, outs[0])
     out.buffer.copy_(buffer)
     out.assert_untouched(layout)
-    plain = [x.requires_grad_() for x in (q, k, v)]
-    gradients = [torch.autograd.grad(attend(*x, frames).float().square().sum(), x) for x in (plain, leaves)]
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 def test_expanded_inputs_and_gradients(device, generator):
-    q, k, v, frames = inputs((1, 2, 2, 9, 1, 16, 2), torch.float32, device, generator)
-    wide = [x.expand(2, 2, 9, 2, 16).detach().requires_grad_() for x in (q, k, v)]
+    q, k, v, frames = inputs((1, 1, 2, 9, 1, 16, 2), torch.float32, device, generator)
+    wide = [x.expand(2, -1, 9, 2, 16).detach().requires_grad_() for x in (q, k, v)]
     dense = [x.detach().contiguous().requires_grad_() for x in wide]
     outs = [attend(*x, frames) for x in (wide, dense)]
     assert torch.equal(*outs)
@@ -229,7 +230,7 @@ def test_gradients_one_by_one(needs, device, generator):
 
 
 def test_gradients_that_are_added(dtype, device, generator):
-    q, k, v, frames = inputs((1, 2, 3, 19, 2, 40, 2), dtype, device, generator)
+    q, k, v, frames = inputs((1, 2, 3, 19, 1, 40, 2), dtype, device, generator)
     o, lse = attend(q, k, v, frames, return_lse=True)
     call = (q, q, k, v, o, lse, frames, 0.2, "triton")
     fresh = torch.ops.zsvr.cross_frame_attention_bwd(q, None, *call[1:8], [True, True, True], "triton")
@@ -247,7 +248,7 @@ def test_gradients_that_are_added(dtype, device, generator):
 
 
 def test_any_run_gives_the_same_bits(dtype, device, generator):
-    q, k, v, frames = inputs((1, 2, 2, 19, 2, 40, 2), dtype, device, generator)
+    q, k, v, frames = inputs((1, 2, 2, 19, 1, 40, 2), dtype, device, generator)
     leaves = [x.requires_grad_() for x in (q, k, v)]
     weight = torch.randn(q.shape, generator=generator).to(device, dtype)
     results = []
@@ -283,6 +284,6 @@ def test_every_head_dim_and_frame_size_has_tiles():
         assert first + second >= D and (second == 0 or first < D)
         for target in (*_triton.SHARED_MEMORY, "cpu"):
             for kernel in ("fwd", "dq", "dkv"):
-                for itemsize in (2, 4):
+                for products in ((2, "ieee"), (4, "ieee"), (4, "tf32")):
                     for P in (1, 64, 256, 4096):
-                        assert all(n & (n - 1) == 0 for n in tiles(kernel, target, itemsize, D, P)[:3])
+                        assert all(n & (n - 1) == 0 for n in tiles(kernel, target, *products, D, P)[:3])

@@ -134,23 +134,50 @@ _FLOAT32_CDNA3: dict[str, tuple[Row, ...]] = {
         (256, ANY, Tiles(16, 16, 4, 1)),
     ),
 }
+_TF32: dict[str, tuple[Row, ...]] = {
+    "fwd": _FLOAT32["fwd"],
+    "dq": (
+        (96, ANY, Tiles(32, 32, 4, 2)),
+        (256, ANY, Tiles(16, 16, 8, 2)),
+    ),
+    "dkv": (
+        (96, ANY, Tiles(32, 32, 8, 2)),
+        (256, ANY, Tiles(16, 16, 8, 2)),
+    ),
+}
+_TF32_HOPPER: dict[str, tuple[Row, ...]] = {
+    "fwd": (
+        (64, ANY, Tiles(64, 64, 8, 2)),
+        (160, ANY, Tiles(64, 32, 8, 2)),
+        (256, ANY, Tiles(32, 16, 8, 2)),
+    ),
+    "dq": (
+        (96, ANY, Tiles(64, 64, 8, 2)),
+        (160, ANY, Tiles(64, 32, 8, 2)),
+        (256, ANY, Tiles(32, 16, 8, 2)),
+    ),
+    "dkv": (
+        (96, ANY, Tiles(32, 64, 8, 2)),
+        (256, ANY, Tiles(16, 16, 8, 2)),
+    ),
+}
 _INTERPRETER: dict[str, tuple[Row, ...]] = {name: ((256, ANY, Tiles(32, 32, 4, 1)),) for name in ("fwd", "dq", "dkv")}
+# How products are computed -> target -> kernel -> rows.
 _TABLES = {
-    2: {
-        "sm_80": _AMPERE,
-        "sm_86": _SMALL_AMPERE,
-        "sm_90": _HOPPER,
-        "sm_100": _BLACKWELL,
-        "gfx942": _CDNA3,
-        "cpu": _INTERPRETER,
-    },
-    4: {
+    "16-bit": {"sm_80": _AMPERE, "sm_86": _SMALL_AMPERE, "sm_90": _HOPPER, "sm_100": _BLACKWELL, "gfx942": _CDNA3},
+    "ieee": {
         "sm_80": _FLOAT32,
         "sm_86": _FLOAT32,
         "sm_90": _FLOAT32,
         "sm_100": _FLOAT32,
         "gfx942": _FLOAT32_CDNA3,
-        "cpu": _INTERPRETER,
+    },
+    "tf32": {
+        "sm_80": _TF32,
+        "sm_86": _TF32,
+        "sm_90": _TF32_HOPPER,
+        "sm_100": _TF32,
+        "gfx942": _FLOAT32_CDNA3,
     },
 }
 
@@ -171,14 +198,16 @@ def is_packed(P: int, block: int) -> bool:
     return P % block != 0 and 4 * block > P
 
 
-def tiles(kernel: str, target: str, itemsize: int, D: int, P: int) -> Tiles:
+def tiles(kernel: str, target: str, itemsize: int, precision: str, D: int, P: int) -> Tiles:
     """Return the tiles of kernel ``"fwd"``, ``"dq"`` or ``"dkv"``.
 
     Args:
         target: a key of `_triton.SHARED_MEMORY`, or ``"cpu"`` in the interpreter.
         itemsize: bytes of an element.
+        precision: of `_triton.input_precision`.
         D: head dim.
         P: sites of a frame.
     """
-    rows = _TABLES[itemsize][target][kernel]
+    tables = _TABLES["16-bit" if itemsize == 2 else precision]
+    rows = (_INTERPRETER if target == "cpu" else tables[target])[kernel]
     return next(chosen for largest_D, largest_P, chosen in rows if largest_D >= D and largest_P >= P)

@@ -103,7 +103,7 @@ def plan_fwd(
     R = frames.shape[1]
     out = q.new_empty(q.shape) if out is None else out
     lse = q.new_empty(q.shape[:4], dtype=torch.float32)
-    chosen = tiles("fwd", target, q.element_size(), D, P)
+    chosen = tiles("fwd", target, q.element_size(), _triton.input_precision(q.dtype), D, P)
     arguments = {
         "q": q,
         "k": k,
@@ -161,7 +161,7 @@ def plan_bwd(
         "ADDS": into is not None,
     }
     tokens = {"q": q, "k": k, "v": v}
-    chosen = tiles("dq", target, q.element_size(), D, P)
+    chosen = tiles("dq", target, q.element_size(), _triton.input_precision(q.dtype), D, P)
     launches = [
         _triton.Launch(
             _cross_frame_attention_bwd_dq_kernel,
@@ -187,7 +187,7 @@ def plan_bwd(
     if needs[1] or needs[2]:
         inverse = frames.new_empty((2, Tk))
         users = frames.new_empty(T * R)
-        chosen = tiles("dkv", target, q.element_size(), D, P)
+        chosen = tiles("dkv", target, q.element_size(), _triton.input_precision(q.dtype), D, P)
         launches += [
             _triton.Launch(
                 _inverse_frames_kernel,
