@@ -48,6 +48,9 @@ _TABLE: dict[tuple[str, str], Row] = {
     ("cpu", "queries"): Row(4, 2, 1, 4),
     ("cpu", "sites"): Row(4, 2, 3, 4),
     ("cpu", "samples"): Row(4, 2, 1, 4),
+    ("gfx942", "fwd"): Row(1, 2, 1, 4),
+    ("gfx942", "queries"): Row(1, 1, 1, 4),
+    ("gfx942", "sites"): Row(1, 2, 2, 4),
 }
 _DEFAULT: dict[str, Row] = {
     "fwd": Row(1, 2, 1, 8, 80),
@@ -57,13 +60,13 @@ _DEFAULT: dict[str, Row] = {
 }
 
 
-def tile(kernel: str, target: str, itemsize: int, D: int, H: int, grid: tuple[int, int]) -> Tile:
+def tile_of(kernel: str, target: str, itemsize: int, D: int, H: int, grid: tuple[int, int]) -> Tile:
     """Return the tile of ``"fwd"``, ``"queries"``, ``"sites"`` or ``"samples"`` (the backward's three) for a call."""
     row = _TABLE.get((target, kernel), _DEFAULT[kernel])
     lanes = max(1, power_of_two(D) * itemsize // 16)  # threads of one row of numbers
     if lanes > 32:  # a row stays in one warp, so that no sum crosses warps
         row = Row(row.pieces, 1, row.entries, 1)
-    sites = max(1, row.pieces * 32 * row.warps // lanes)
+    sites = max(1, row.pieces * row.warps * (64 if target.startswith("gfx") else 32) // lanes)
     width = min(8, power_of_two(grid[1]))
     height = max(1, min(sites // width, power_of_two(grid[0])))
     registers = row.registers if target.startswith("sm_") else None

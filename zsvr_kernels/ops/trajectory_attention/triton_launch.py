@@ -11,7 +11,7 @@ from torch import Tensor
 
 from zsvr_kernels import _triton, records, validation
 from zsvr_kernels.inverse_index import Index, inverse
-from zsvr_kernels.ops.trajectory_attention import triton_configs
+from zsvr_kernels.ops.trajectory_attention.triton_configs import power_of_two, tile_of
 from zsvr_kernels.records import Records
 
 # Clips of a backward are taken in turn where their pairs (p and ds of every sample and head) would exceed this.
@@ -98,14 +98,14 @@ class _Rows:
     def sizes(self, D: int) -> dict[str, int]:
         """Return what a kernel must know of a row of D numbers."""
         words = D // self.per_word
-        block = triton_configs.power_of_two(words)
+        block = power_of_two(words)
         return {"D": D, "WORDS": words, "BLOCK": block, "UNIT": self.unit, "KIND": self.kind}
 
 
 def _constants(kernel: str, target: str, q: Tensor, grid: tuple[int, int]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return what a kernel is compiled for, and its options."""
     H, D = q.shape[3:]
-    tile = triton_configs.tile(kernel, target, q.element_size(), D, H, grid)
+    tile = tile_of(kernel, target, q.element_size(), D, H, grid)
     constants = {
         "H": H,
         "HEIGHT": grid[0],
@@ -284,7 +284,7 @@ def plan_bwd(
                 "first_clip": first,
                 "stop_clip": first + count,
                 "D": D,
-                "BLOCK_D": triton_configs.power_of_two(D),
+                "BLOCK_D": power_of_two(D),
                 "UNIT": single.unit,
                 **sample[0],
                 "IS_FIRST": first == 0,
