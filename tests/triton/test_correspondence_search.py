@@ -54,25 +54,30 @@ def test_search_finds_the_best_candidate(shape, dtype, device, generator):
         assert_best_sites(found, f_src, f_dst, centre, grid, radius, f"{shape} {dtype}")
 
 
-def test_both_ways_of_a_tile_find_the_best_and_agree(dtype, device, generator):
-    """Whole boxes, windows one by one, and a launch in which every tile decides for itself."""
+def dense_search(f_src, f_dst, centre, grid, radius, device, limit):
+    """Search by the dense kernel whatever pays; boxes of more than ``limit`` strips are left (None: of one motion)."""
     from zsvr_kernels.ops.correspondence_search import triton_configs, triton_launch
 
+    x = (f_src.to(device), f_dst.to(device), centre.to(device))
+    with mock.patch.dict(triton_configs._WORTH, {2: 64, 4: 64}), testing.poisoned_allocations():
+        launches, found = triton_launch.plan_search(*x, grid, radius, _triton.target(device))
+    arguments = launches[1].arguments
+    assert launches[1].kernel.__name__ == "_search_dense_kernel"
+    side = 8 + 2 * radius
+    arguments["limit"] = -(-side // arguments["STRIP_H"]) * -(-side // arguments["STRIP_W"]) if limit is None else limit
+    _triton.run(launches)
+    return [x.cpu() for x in found]
+
+
+def test_both_ways_of_a_tile_find_the_best_and_agree(dtype, device, generator):
+    """Whole boxes, windows one by one, and a launch in which every tile decides for itself."""
     grid, radius, C = (15, 19), 2, 40
     f_src, f_dst = random_features(1, 285, C, dtype, generator)
     centre = own_sites(grid)[None].clone()
     centre[:, 150:] = random_centres(1, grid, generator)[:, 150:]
     results = []
     for limit in (100, 0, None):
-        x = (f_src.to(device), f_dst.to(device), centre.to(device))
-        with mock.patch.dict(triton_configs._WORTH, {2: 64, 4: 64}), testing.poisoned_allocations():
-            launches, found = triton_launch.plan_search(*x, grid, radius, _triton.target(device))
-        arguments = launches[1].arguments
-        assert launches[1].kernel.__name__ == "_search_dense_kernel"
-        smooth = -(-12 // arguments["STRIP_H"]) * -(-12 // arguments["STRIP_W"])  # of 8x8 queries under one motion
-        arguments["limit"] = smooth if limit is None else limit
-        _triton.run(launches)
-        results.append([x.cpu() for x in found])
+        results.append(dense_search(f_src, f_dst, centre, grid, radius, device, limit))
         assert_best_sites(results[-1], f_src, f_dst, centre, grid, radius, f"limit {limit}")
     for site, best in results[1:]:
         assert (site == results[0][0]).float().mean() > 0.99
@@ -91,14 +96,17 @@ def test_the_dense_search_is_for_windows_that_overlap():
         assert triton_configs.dense(target, 4, (32, 32), 512, 31) is not None
 
 
-@pytest.mark.parametrize("radius", [1, 2, 30])
-def test_ties_go_to_the_lowest_site(radius, dtype, device, generator):
-    grid, N, P = (11, 13), 2, 143
+@pytest.mark.parametrize(("radius", "limit"), [(1, "auto"), (30, "auto"), (2, 100), (2, 0)])
+def test_ties_go_to_the_lowest_site(radius, limit, dtype, device, generator):
+    grid, P = (11, 13), 143
     alphabet = torch.randn(3, 20, generator=generator).to(dtype)
-    letters = torch.randint(0, 3, (N, P), generator=generator)
-    f_src = torch.randn(N, P, 20, generator=generator).to(dtype)
-    for centre in (random_centres(N, grid, generator), own_sites(grid).expand(N, -1, 2)):
-        site, _ = search(f_src, alphabet[letters], centre, grid, radius, device)
+    letters = torch.randint(0, 3, (1, P), generator=generator)
+    f_src, f_dst = torch.randn(1, P, 20, generator=generator).to(dtype), alphabet[letters]
+    for centre in (random_centres(1, grid, generator), own_sites(grid)[None]):
+        if limit == "auto":
+            site, _ = search(f_src, f_dst, centre, grid, radius, device)
+        else:
+            site, _ = dense_search(f_src, f_dst, centre, grid, radius, device, limit)
         chosen = letters.gather(1, site.long())
         same = window_mask(centre, grid, radius) & (letters[:, None, :] == chosen[..., None])
         assert torch.equal(site.long(), same.int().argmax(-1))

@@ -1,6 +1,6 @@
 """How the search kernels are launched, by target, dtype and size.
 
-From what the compiler makes of them and the arithmetic in README.md, not from measurements. A dtype counts by its bytes.
+From what the compiler makes of them and the arithmetic in README.md, not from measurements. Dtypes go by their bytes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class OneByOne(NamedTuple):
     TILE_W: int
     CANDIDATES: int
     BLOCK_C: int
-    num_warps: int
+    options: dict[str, int]
 
 
 class Rows(NamedTuple):
@@ -69,12 +69,19 @@ def _block_c(C: int, most: int) -> int:
     return min(most, max(16, _power(C)))
 
 
+def _options(target: str, registers: int) -> dict[str, int]:
+    # NVIDIA's compiler, left alone, saves registers for the sake of occupancy (64 and 128 here) until it spills.
+    return {"num_warps": 4, "num_stages": 1} | ({"maxnreg": registers} if target.startswith("sm_") else {})
+
+
 def dense(
     target: str, bytes_of: int, grid: tuple[int, int], C: int, radius: int, *, comes_in_pieces: bool = True
 ) -> Dense | None:
     """Return the configuration of the dense search; None where walking windows is cheaper even under smooth motion."""
     tile = _tile(_QUERIES, grid)
     is_interpreted = target == "cpu"
+    if bytes_of == 4 and not comes_in_pieces and not is_interpreted:
+        return None
     most = _STRIP[target] if bytes_of == 2 and comes_in_pieces else 64
     STRIP_W = min(8 if is_interpreted else 16, _power(grid[1]))
     STRIP_H = max(min(most // STRIP_W, _power(min(grid[0], tile[0] + 2 * radius))), 32 // STRIP_W)
@@ -93,7 +100,7 @@ def one_by_one(target: str, bytes_of: int, grid: tuple[int, int], C: int, radius
     CANDIDATES = min(_power(_window(grid, radius)), 16)
     BLOCK_C = _block_c(C, 64 if bytes_of == 2 else 32)
     queries = 8 if CANDIDATES > 4 else 32
-    return OneByOne(*_tile(queries, grid), CANDIDATES, BLOCK_C, 4)
+    return OneByOne(*_tile(queries, grid), CANDIDATES, BLOCK_C, _options(target, 168))
 
 
 def part(config: Dense, bytes_of: int, C: int) -> OneByOne:
@@ -101,14 +108,11 @@ def part(config: Dense, bytes_of: int, C: int) -> OneByOne:
     side = (min(4, config.TILE_H), 16 // min(4, config.TILE_H))
     if side[1] > config.TILE_W:
         side = (16 // config.TILE_W, config.TILE_W)
-    return OneByOne(*side, 8, _block_c(C, 64 if bytes_of == 2 else 32), config.num_warps)
+    return OneByOne(*side, 8, _block_c(C, 64 if bytes_of == 2 else 32), {})
 
 
 def rows(target: str, bytes_of: int, C: int, rows_at_once: int) -> Rows:
     """Return the configuration of a kernel that has ``rows_at_once`` rows of a token in flight, 16 bytes a lane."""
     BLOCK_C = _block_c(C, 128 if bytes_of == 2 else 64)
     BLOCK = (8192 if rows_at_once == 1 else 2048) // (BLOCK_C * bytes_of)
-    options = {"num_warps": 4, "num_stages": 1}
-    if target in ("sm_80", "sm_86"):
-        options["maxnreg"] = 96  # left alone, the compiler takes 64 for the sake of occupancy, and spills
-    return Rows(128 if target == "cpu" else BLOCK, BLOCK_C, options)
+    return Rows(128 if target == "cpu" else BLOCK, BLOCK_C, _options(target, 96))

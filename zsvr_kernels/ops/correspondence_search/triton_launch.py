@@ -100,7 +100,7 @@ def plan_search(
             kernel=_search_one_by_one_kernel,
             grid=(N * count,),
             arguments={**arguments, **tiling, "CANDIDATES": config.CANDIDATES, "BLOCK_C": config.BLOCK_C},
-            options={"num_warps": config.num_warps, "num_stages": 1},
+            options=config.options,
         )
         return [lengths, search], (site, score)
     count, tiling = tiles(dense.TILE_H, dense.TILE_W)
