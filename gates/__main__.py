@@ -8,7 +8,6 @@ Exit status 1 if a kernel fails a gate; each failure says what was got and what 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import pathlib
 import platform
@@ -100,12 +99,7 @@ def compiled(wanted: list[tuple[str, Row]], jobs: int) -> tuple[list[Row], dict[
 
 def write(found: list[Row], facts: Row, folder: pathlib.Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    plain = [
-        {name: value for name, value in row.items() if name != "due"}
-        | {"description": {k: v for k, v in row["description"].items() if k != "folder"}}
-        for row in found
-    ]
-    (folder / "kernels.json").write_text(json.dumps({"schema": 1, "provenance": facts, "rows": plain}, indent=1) + "\n")
+    (folder / "kernels.json").write_text(report.as_json(found, facts))
     (folder / "kernels.md").write_text(report.render(found, facts))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +12,7 @@ from gates.cases import Case, launches, live_slots, measured
 from gates.describe import Description, describe, key
 from gates.model import ROOFS, Prediction
 from gates.pool import Job, compile_all
+from gates.report import by_lines
 from gates.work import work
 from zsvr_kernels._triton import Launch
 
@@ -141,4 +141,4 @@ def render(select: str, jobs: int, provenance: Callable[[dict[str, str]], dict[s
         "roofs": {name: {what: vars(roof) for what, roof in roofs.items()} for name, roofs in ROOFS.items()},
         "cases": dict(sorted(entries.items())),
     }
-    return json.dumps(whole, indent=1) + "\n"
+    return by_lines(whole, "cases")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from gates.checks import matrix_instructions
@@ -64,6 +65,31 @@ def render(rows: list[Row], provenance: Row) -> str:
         "|" + "---|" * len(HEADER),
     ]
     return "\n".join(lines + ["| " + " | ".join(_cells(row)) + " |" for row in ordered]) + "\n"
+
+
+def by_lines(whole: Row, name: str) -> str:
+    """Return JSON text with one line for every entry of ``whole[name]``, a list or a dictionary."""
+    entries = whole[name]
+    if isinstance(entries, dict):
+        lines, (opening, closing) = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in entries.items()], "{}"
+    else:
+        lines, (opening, closing) = [json.dumps(entry) for entry in entries], "[]"
+    rest = {key: value for key, value in whole.items() if key != name}
+    head = json.dumps(rest, indent=1).rstrip("}").rstrip()
+    return f'{head},\n "{name}": {opening}\n' + ",\n".join(f"  {line}" for line in lines) + f"\n {closing}\n}}\n"
+
+
+def as_json(rows: list[Row], provenance: Row) -> str:
+    """Return the table for programs: ``found`` is what a worker answers, by row."""
+    plain = [
+        {
+            "kernel": row["description"]["kernel"],
+            "configuration": configuration(row["description"]),
+            **{name: row[name] for name in ("key", "target", "triton", "cases", "found", "failures")},
+        }
+        for row in rows
+    ]
+    return by_lines({"schema": 1, "provenance": provenance, "rows": plain}, "rows")
 
 
 def failures(rows: list[Row]) -> list[str]:

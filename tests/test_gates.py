@@ -232,8 +232,8 @@ def test_the_report_names_kernel_target_release_and_limit():
     description = describe.describe(LAUNCHES["greedy"], "sm_90")
     found = compiled()["greedy", "sm_90"]
     row = {
-        "description": description, "target": "sm_90", "triton": "3.9.0", "cases": ["a/case", "b"], "found": found,
-        "failures": checks.failures("sm_90", found, MATRIX),
+        "description": description, "key": "k", "target": "sm_90", "triton": "3.9.0", "cases": ["a/case", "b"],
+        "found": found, "failures": checks.failures("sm_90", found, MATRIX),
     }  # fmt: skip
     (line,) = report.failures([row])
     for part in ("_product_kernel", "sm_90", "3.9.0", "a/case", "got 262144, allowed 232448", "num_stages=8"):
@@ -241,7 +241,15 @@ def test_the_report_names_kernel_target_release_and_limit():
     text = report.render(
         [row], {"commit": "0" * 40, "dirty": False, "triton": {"3.9": "3.9.0"}, "choice": "all launches"}
     )
+    assert json.loads(report.as_json([row], {}))["rows"][0]["failures"] == row["failures"]
     assert "1 fail a gate" in text and "Compiled were all launches" in text and "a/case and 1 more" in text
+
+
+def test_json_has_a_line_for_every_entry():
+    for entries in ([{"a": 1}, {"b": [2]}], {"x": {"a": 1}, "y": None}):
+        whole = {"schema": 1, "provenance": {"c": {}}, "rows": entries}
+        text = report.by_lines(whole, "rows")
+        assert json.loads(text) == whole and sum(line.startswith("  ") for line in text.splitlines()) >= len(entries)
 
 
 # ---- disassembly ----
