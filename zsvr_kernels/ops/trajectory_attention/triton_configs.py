@@ -48,6 +48,8 @@ _TABLE: dict[tuple[str, str], Row] = {
     ("cpu", "queries"): Row(4, 2, 1, 4),
     ("cpu", "sites"): Row(4, 2, 3, 4),
     ("cpu", "samples"): Row(4, 2, 1, 4),
+    ("sm_86", "fwd"): Row(1, 2, 1, 8),
+    ("sm_100", "queries"): Row(1, 2, 1, 4, 160),
     ("gfx942", "fwd"): Row(1, 2, 1, 4),
     ("gfx942", "queries"): Row(1, 1, 1, 4),
     ("gfx942", "sites"): Row(1, 2, 2, 4),
