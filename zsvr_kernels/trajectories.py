@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +16,26 @@ from zsvr_kernels.records import Records
 from zsvr_kernels.sampling import Grid
 
 _building = threading.Lock()  # of the module: a lock made in __init__ could not be traced by torch.compile
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What was built from trajectories and is kept."""
+
+    key: tuple[int, ...]
+    built: tuple[Tensor, ...]
+    stream: torch.cuda.Stream | None  # on GPUs, which built it
+    event: torch.cuda.Event | None  # and when it is there
+
+    def use(self, device: torch.device) -> tuple[Tensor, ...]:
+        """Return it, ready for the current stream, maybe another one than built it."""
+        if self.stream is not None and self.event is not None:
+            stream = torch.cuda.current_stream(device)
+            if stream != self.stream:
+                stream.wait_event(self.event)
+                for x in self.built:
+                    x.record_stream(stream)
+        return self.built
 
 
 class Trajectories:
@@ -38,7 +59,7 @@ class Trajectories:
         self._positions = positions
         self._valid = valid
         self._frames = frames
-        self._kept: dict[str, tuple[tuple[int, ...], tuple[Tensor, ...]]] = {}  # name -> key, what was built
+        self._kept: dict[str, _Kept] = {}
 
     @property
     def positions(self) -> Tensor:
@@ -135,20 +156,24 @@ class Trajectories:
         """Return what was built, or build it: anew whenever a tensor in ``of`` was written to."""
         if any(x.is_inference() for x in of):  # they do not count their changes, so nothing can be kept
             return build()
+        key = (*extra, *(x._version for x in of))  # the tensors themselves never change for others
         if of[0].is_cuda and torch.cuda.is_current_stream_capturing():
             # What a graph computes is there only once it ran: it may use what is kept, but not leave anything.
             kept = self._kept.get(name)
-            return kept[1] if kept is not None and kept[0] == (*extra, *(x._version for x in of)) else build()
-        key = (*extra, *(x._version for x in of))  # the tensors themselves never change for others
+            return kept.built if kept is not None and kept.key == key else build()
+        device = of[0].device
         with _building:
             kept = self._kept.get(name)
-            if kept is None or kept[0] != key:
-                kept = self._kept[name] = (key, build())
-            return kept[1]
+            if kept is None or kept.key != key:
+                built = build()
+                stream = torch.cuda.current_stream(device) if of[0].is_cuda else None
+                kept = _Kept(key, built, stream, None if stream is None else stream.record_event())
+                self._kept[name] = kept
+            return kept.use(device)
 
     def kept(self) -> tuple[Tensor, ...]:
         """Return the tensors of all that is kept, whether or not it is still up to date; for counting memory."""
-        return tuple(x for _, built in self._kept.values() for x in built)
+        return tuple(x for kept in self._kept.values() for x in kept.built)
 
     def isolated(self) -> Tensor:
         """Return the sites that reach no other frame: bool ``[B, T, P]``, true where no other frame's slot is live."""

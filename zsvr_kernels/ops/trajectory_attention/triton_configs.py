@@ -48,6 +48,8 @@ _TABLE: dict[tuple[str, str], Row] = {
     ("cpu", "queries"): Row(4, 2, 1, 4),
     ("cpu", "sites"): Row(4, 2, 3, 4),
     ("cpu", "samples"): Row(4, 2, 1, 4),
+    ("sm_86", "fwd"): Row(1, 2, 1, 8),
+    ("sm_100", "queries"): Row(1, 2, 1, 4, 160),
     ("gfx942", "fwd"): Row(1, 2, 1, 4),
     ("gfx942", "queries"): Row(1, 1, 1, 4),
     ("gfx942", "sites"): Row(1, 2, 2, 4),
@@ -63,7 +65,8 @@ _DEFAULT: dict[str, Row] = {
 def tile_of(kernel: str, target: str, itemsize: int, D: int, H: int, grid: tuple[int, int]) -> Tile:
     """Return the tile of ``"fwd"``, ``"queries"``, ``"sites"`` or ``"samples"`` (the backward's three) for a call."""
     row = _TABLE.get((target, kernel), _DEFAULT[kernel])
-    lanes = max(1, power_of_two(D) * itemsize // 16)  # threads of one row of numbers
+    # Threads of one row of numbers; an interpreted program costs about the same whatever its tile.
+    lanes = 8 if target == "cpu" else max(1, power_of_two(D) * itemsize // 16)
     if lanes > 32:  # a row stays in one warp, so that no sum crosses warps
         row = Row(row.pieces, 1, row.entries, 1)
     sites = max(1, row.pieces * row.warps * (64 if target.startswith("gfx") else 32) // lanes)

@@ -38,22 +38,22 @@ def _check(
         raise ValueError(f"T*L*P must be below 2^31 and L*P below 2^30, got T={T}, L={L}, P={P}")
 
 
-def _within_frame(x: Tensor) -> Tensor:
-    """Return ``x``, or a copy whose frames span less than 2^31 elements: kernels count in 32 bits inside a frame."""
+def _is_dense(x: Tensor) -> bool:
+    """Return whether all rows begin at multiples of 16 bytes and 8 numbers, and frames span less than 2^31 numbers."""
     P, H, D = x.shape[2:]
-    span = (P - 1) * x.stride(2) + (H - 1) * x.stride(3) + D
-    return x if span < _BELOW and x.stride(4) == 1 else x.contiguous()
+    is_aligned = x.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in x.stride()[:4])
+    return is_aligned and x.stride(4) == 1 and (P - 1) * x.stride(2) + (H - 1) * x.stride(3) + D < _BELOW
+
+
+def _dense(x: Tensor) -> Tensor:
+    """Return ``x``, or a copy if its rows cannot be loaded 16 bytes at a time: each is read many times."""
+    return x if _is_dense(x) else x.clone(memory_format=torch.contiguous_format)
 
 
 def _is_flat(x: Tensor) -> bool:
     """Return whether a clip's sites follow one another at one distance, within 2^31 numbers."""
     T, P = x.shape[1:3]
     return (T == 1 or x.stride(1) == P * x.stride(2)) and T * P * x.stride(2) + x.shape[3] * x.stride(3) < _BELOW
-
-
-def _is_dense(*tokens: Tensor) -> bool:
-    """Return whether all rows begin at multiples of 8 numbers, as those of dense tokens do."""
-    return all(s % 8 == 0 for x in tokens for s in x.stride()[:4]) and all(x.data_ptr() % 16 == 0 for x in tokens)
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ class _Rows:
     Attributes:
         kind: 0: numbers one by one; 1, 2: words of two bfloat16, float16. float16 gains nothing from words; they are
             for the interpreter, which computes bfloat16 wrongly, to run what bfloat16 does.
-        unit: words that strides are counted in. 8 numbers where rows begin at multiples of as many: so the compiler
-            knows that loads of 16 bytes are aligned also where a stride is no multiple of 16.
+        unit: words that strides are counted in, 8 numbers: so the compiler knows that loads of 16 bytes are aligned
+            also where a stride is no multiple of 16.
         per_word: numbers of a word.
     """
 
@@ -73,17 +73,10 @@ class _Rows:
     per_word: int
 
     @classmethod
-    def of(cls, target: str, *tokens: Tensor) -> _Rows:
-        if not _is_dense(*tokens):
-            return cls(0, 1, 1)
+    def of(cls, dtype: torch.dtype, target: str) -> _Rows:
         kinds = {torch.bfloat16: 1, torch.float16: 2} if target == "cpu" else {torch.bfloat16: 1}
-        kind = kinds.get(tokens[0].dtype, 0)
-        per_word = 2 if kind else 1
-        return cls(kind, 8 // per_word, per_word)
-
-    def one_by_one(self) -> _Rows:
-        """Return the same rows, read number by number."""
-        return _Rows(0, self.unit * self.per_word, 1)
+        kind = kinds.get(dtype, 0)
+        return cls(kind, 4 if kind else 8, 2 if kind else 1)
 
     def strides(self, axes: str, **tokens: Tensor) -> dict[str, int]:
         """Return strides of the given axes in units, by the kernels' names."""
@@ -141,9 +134,9 @@ def plan_fwd(
     """Return the launch of the forward."""
     B, T, _, H, _ = q.shape
     base, fractions = made
-    q, k, v = _within_frame(q), _within_frame(k), _within_frame(v)
-    rows = _Rows.of(target, q, k, v)
-    out_rows = _Rows.of(target, out).one_by_one()
+    q, k, v = _dense(q), _dense(k), _dense(v)
+    rows = _Rows.of(q.dtype, target)
+    out_rows = _Rows(0, 8 if _is_dense(out) else 1, 1)
     constants, options = _constants("fwd", target, q, grid)
     arguments = {
         "q": q,
@@ -193,9 +186,8 @@ def plan_bwd(
     Tk, L = k.shape[1], frames.shape[1]
     base, fractions = made
     Bp = base.shape[0]
-    d_o, q, k, v = (_within_frame(x) for x in (d_o, q, k, v))
-    rows = _Rows.of(target, d_o, q, k, v)
-    single = rows.one_by_one()
+    d_o, q, k, v = (_dense(x) for x in (d_o, q, k, v))
+    rows, single = _Rows.of(q.dtype, target), _Rows(0, 8, 1)
     lse, frames, positions = lse.contiguous(), frames.contiguous(), positions.detach().contiguous()
     gradients = tuple(
         x.new_empty(x.shape if needed else (0,)) for x, needed in zip((q, k, v, positions), needs, strict=True)
@@ -326,7 +318,8 @@ def launch_fwd(
     else:
         inputs = {"q": q, "k": k, "v": v, "positions": positions, "valid": valid, "frames": frames}
         validation.check_out(out, q, False, inputs)
-        result = out if _within_frame(out) is out else q.new_empty(q.shape)
+        P, H, D = out.shape[2:]
+        result = out if (P - 1) * out.stride(2) + (H - 1) * out.stride(3) + D < _BELOW else q.new_empty(q.shape)
     lse = q.new_empty(q.shape[:4], dtype=torch.float32)
     if q.shape[0]:
         made = _records(q, positions, valid, grid, made)
