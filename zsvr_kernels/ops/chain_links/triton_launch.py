@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+import zsvr_kernels.ops.chain_links.triton_configs as triton_configs
 from zsvr_kernels import _triton, validation
 from zsvr_kernels._triton import Launch
-from zsvr_kernels.ops.chain_links import triton_configs
 from zsvr_kernels.ops.chain_links.triton_chain import _chain_links_kernel
 
 Outputs = tuple[Tensor, Tensor, Tensor | None, Tensor | None]

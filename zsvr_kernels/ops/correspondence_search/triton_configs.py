@@ -91,7 +91,8 @@ def dense(
     limit = worth // (STRIP_H * STRIP_W)
     if strips > limit:
         return None
-    BLOCK_C = _block_c(C, 16 if is_interpreted else 64 if bytes_of == 2 else 32)
+    # float32 on sm_86 spills with 32 channels.
+    BLOCK_C = _block_c(C, 16 if is_interpreted else 64 if bytes_of == 2 else 16 if target == "sm_86" else 32)
     return Dense(*tile, STRIP_H, STRIP_W, BLOCK_C, 8, _STAGES[target], limit)
 
 
@@ -114,5 +115,6 @@ def part(config: Dense, bytes_of: int, C: int) -> OneByOne:
 def rows(target: str, bytes_of: int, C: int, rows_at_once: int) -> Rows:
     """Return the configuration of a kernel that has ``rows_at_once`` rows of a token in flight, 16 bytes a lane."""
     BLOCK_C = _block_c(C, 128 if bytes_of == 2 else 64)
-    BLOCK = (8192 if rows_at_once == 1 else 2048) // (BLOCK_C * bytes_of)
+    lanes = 256 if target == "gfx942" else 128
+    BLOCK = (4 if rows_at_once == 1 else 1) * 16 * lanes // (BLOCK_C * bytes_of)
     return Rows(128 if target == "cpu" else BLOCK, BLOCK_C, _options(target, 96))

@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+import zsvr_kernels.ops.correspondence_search.triton_configs as triton_configs
 from zsvr_kernels import _triton, validation
 from zsvr_kernels._triton import Launch
-from zsvr_kernels.ops.correspondence_search import triton_configs
 from zsvr_kernels.ops.correspondence_search.triton_score import _link_score_kernel
 from zsvr_kernels.ops.correspondence_search.triton_search import (
     _inverse_lengths_kernel,
