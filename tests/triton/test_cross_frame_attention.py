@@ -83,7 +83,7 @@ def test_gradients_of_sharp_attention(D, device, generator):
     # Where one key takes all, P is the exponential of a small difference of large numbers: the backward's scores must
     # be the forward's, and lse must not be rounded on its way.
     q, k, v, weights = (x.to(device) for x in torch.randn(4, 3, 2, 31, 3, D, generator=generator).unbind(0))
-    q, frames = 4 * q, torch.arange(2, dtype=torch.int32, device=device)[:, None]
+    q, frames = 8 * q, torch.arange(2, dtype=torch.int32, device=device)[:, None]
 
     def gradients(function, dtype):
         leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
@@ -114,13 +114,24 @@ def test_empty_rows_and_frames_nobody_lists(P, device, generator):
 
 
 @pytest.mark.parametrize("P", [20, 32])
-def test_what_an_absent_entry_points_to_does_not_matter(P, dtype, device, generator):
-    q, k, v, _ = inputs((1, 2, 3, P, 1, 16, 2), dtype, device, generator)
+def test_absent_entries_weigh_nothing_whatever_they_point_to(P, device, generator):
+    q, k, v, _ = inputs((1, 2, 3, P, 1, 16, 2), torch.float32, device, generator)
     frames = torch.tensor([[1, -1], [-1, 1]], dtype=torch.int32, device=device)
-    expected = attend(q, k, v, frames)
+    expected = attend(q, k, v, torch.ones_like(frames[:, :1]), return_lse=True)
     for x in (k, v):
         x[:, 0], x[:, 2] = torch.nan, torch.nan
-    assert torch.equal(attend(q, k, v, frames), expected)
+    got = attend(q, k, v, frames, return_lse=True)
+    torch.testing.assert_close(got, expected)
+
+
+def test_absent_keys_beside_scores_far_below_zero(device, generator):
+    # The backward's weight of a score of 0 would be exp(100).
+    q, k, v, _ = inputs((1, 1, 2, 32, 1, 16, 2), torch.float32, device, generator)
+    leaves = [x.requires_grad_() for x in (torch.full_like(q, -5.0), torch.full_like(k, 5.0), v)]
+    for row in ([0, -1], [-1, -1]):
+        frames = torch.tensor([row], dtype=torch.int32, device=device)
+        gradients = torch.autograd.grad(attend(*leaves, frames).square().sum(), leaves)
+        assert all(torch.isfinite(x).all() for x in gradients)
 
 
 @pytest.mark.parametrize("P", [20, 32])

@@ -47,6 +47,14 @@ _HOPPER: dict[str, tuple[Row, ...]] = {
 }
 _BLACKWELL: dict[str, tuple[Row, ...]] = {
     **_HOPPER,
+    "fwd": (
+        (160, 64, Tiles(64, 64, 4, 3)),
+        (64, ANY, Tiles(128, 64, 4, 3)),
+        (96, ANY, Tiles(128, 64, 8, 3)),
+        (128, ANY, Tiles(128, 128, 8, 3)),
+        (160, ANY, Tiles(128, 64, 8, 3)),
+        (256, ANY, Tiles(128, 64, 8, 2)),
+    ),
     "dkv": (
         (96, ANY, Tiles(64, 64, 4, 3)),
         (128, ANY, Tiles(64, 128, 8, 2)),
@@ -65,7 +73,8 @@ _AMPERE: dict[str, tuple[Row, ...]] = {
     "dq": (
         (96, 64, Tiles(64, 64, 4, 2)),
         (64, ANY, Tiles(128, 64, 8, 2)),
-        (128, ANY, Tiles(64, 64, 8, 2)),
+        (96, ANY, Tiles(64, 64, 8, 2)),
+        (128, ANY, Tiles(128, 32, 8, 2)),
         (256, ANY, Tiles(64, 32, 8, 2)),
     ),
     "dkv": (
@@ -85,7 +94,8 @@ _SMALL_AMPERE: dict[str, tuple[Row, ...]] = {
     "dq": (
         (96, 64, Tiles(64, 64, 4, 2)),
         (64, ANY, Tiles(128, 64, 8, 2)),
-        (128, ANY, Tiles(64, 64, 8, 2)),
+        (96, ANY, Tiles(64, 64, 8, 2)),
+        (128, ANY, Tiles(128, 32, 8, 2)),
         (192, ANY, Tiles(32, 32, 8, 2)),
         (256, ANY, Tiles(32, 32, 8, 1)),
     ),
@@ -127,6 +137,13 @@ _FLOAT32: dict[str, tuple[Row, ...]] = {
         (256, ANY, Tiles(16, 32, 8, 2)),
     ),
 }
+_FLOAT32_SMALL: dict[str, tuple[Row, ...]] = {
+    **_FLOAT32,
+    "fwd": (
+        (96, ANY, Tiles(64, 32, 8, 2)),
+        (256, ANY, Tiles(32, 16, 8, 2)),
+    ),
+}
 _FLOAT32_CDNA3: dict[str, tuple[Row, ...]] = {
     **_FLOAT32,
     "dkv": (
@@ -166,8 +183,8 @@ _INTERPRETER: dict[str, tuple[Row, ...]] = {name: ((256, ANY, Tiles(32, 32, 4, 1
 _TABLES = {
     "16-bit": {"sm_80": _AMPERE, "sm_86": _SMALL_AMPERE, "sm_90": _HOPPER, "sm_100": _BLACKWELL, "gfx942": _CDNA3},
     "ieee": {
-        "sm_80": _FLOAT32,
-        "sm_86": _FLOAT32,
+        "sm_80": _FLOAT32_SMALL,
+        "sm_86": _FLOAT32_SMALL,
         "sm_90": _FLOAT32,
         "sm_100": _FLOAT32,
         "gfx942": _FLOAT32_CDNA3,
