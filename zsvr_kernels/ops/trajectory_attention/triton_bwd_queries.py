@@ -6,6 +6,9 @@ import triton
 import triton.language as tl
 
 from zsvr_kernels.ops.trajectory_attention.triton_samples import (
+    by_channel,
+    by_head,
+    by_query,
     channels,
     corner_weights,
     dot,
@@ -20,6 +23,7 @@ from zsvr_kernels.ops.trajectory_attention.triton_samples import (
     tile_sites,
     unpack,
     words_of,
+    zeros,
 )
 
 
@@ -76,7 +80,7 @@ def _trajectory_attention_bwd_queries_kernel(
 ):
     # Computes: p_l = exp(z_l - lse) and ds_l = p_l (dO . V_l - delta) of every sample, and dq = scale sum ds_l K_l.
     # Grid: (clips * T * (H / HEADS) * tiles of sites,), as the forward's.
-    # Tiles: [HEADS, TILE_H * TILE_W queries, BLOCK words].
+    # Tiles: TILE_H * TILE_W queries x HEADS x BLOCK words.
     # Traffic: the forward's gathers; 8 bytes for each sample and head are written, read again and written.
     # Numerics: float32. delta is known after the last slot only, so dq = scale (sum p g K - delta sum p K) and ds is
     #   put in g's place at the end; in float32 (EXACT) g counts from the g of the most probable slot so far, as the
@@ -103,36 +107,36 @@ def _trajectory_attention_bwd_queries_kernel(
     o_head = i_group * HEADS + tl.arange(0, HEADS)
     o_c = tl.arange(0, BLOCK)
     m_tile = over_channels(m_q, o_c, WORDS, BLOCK)
-    # Tile: [HEADS, Q, BLOCK].
-    o_tile = (o_head * (q_h * UNIT))[:, None, None] + (o_site * (q_p * UNIT))[None, :, None] + o_c[None, None, :]
+    # Tiles of BLOCK words.
+    o_tile = by_head(o_head * (q_h * UNIT)) + by_query(o_site * (q_p * UNIT)) + by_channel(o_c)
     p_q = q + (b64 * q_b + t64 * q_t) * UNIT
     q_even, q_odd = unpack(tl.load(p_q + o_tile, mask=m_tile, other=0), KIND)
-    o_tile = (o_head * (d_o_h * UNIT))[:, None, None] + (o_site * (d_o_p * UNIT))[None, :, None] + o_c[None, None, :]
+    o_tile = by_head(o_head * (d_o_h * UNIT)) + by_query(o_site * (d_o_p * UNIT)) + by_channel(o_c)
     p_do = d_o + (b64 * d_o_b + t64 * d_o_t) * UNIT
     do_even, do_odd = unpack(tl.load(p_do + o_tile, mask=m_tile, other=0), KIND)
-    # Tile: [HEADS, Q].
-    o_row = o_site[None, :] * H + o_head[:, None]
+    # One number for each query and head.
+    o_row = by_query(o_site * H) + by_head(o_head)
     bt64 = (b64 * T + i_t) * (P * H)
-    b_lse = tl.load(lse + bt64 + o_row, mask=m_q[None, :], other=0.0)
+    b_lse = tl.load(lse + bt64 + o_row, mask=by_query(m_q), other=0.0)
     b_lse = tl.where(b_lse == float("-inf"), 0.0, b_lse) * LOG2_E
 
     p_k = k + (b64 * k_b * UNIT + i_group * (HEADS * K_H))
     p_v = v + (b64 * v_b * UNIT + i_group * (HEADS * V_H))
-    o_kh = (tl.arange(0, HEADS) * K_H)[:, None, None]
-    o_vh = (tl.arange(0, HEADS) * V_H)[:, None, None]
+    o_kh = by_head(tl.arange(0, HEADS) * K_H)
+    o_vh = by_head(tl.arange(0, HEADS) * V_H)
     row = ((i_b % Bp) * T + i_t).to(tl.int64) * L * P
     p_base = base + row
     p_fractions = fractions + (2 * row if EXACT else row)
     p_frames = frames + i_t * L
     p_pairs = pairs + i_ct.to(tl.int64) * L * (P * H) + o_row
-    b_delta = tl.zeros([HEADS, Q], tl.float32)
-    b_sum = tl.zeros([HEADS, Q], tl.float32)
-    b_most = tl.zeros([HEADS, Q], tl.float32)
-    b_centre = tl.zeros([HEADS, Q], tl.float32)
-    pk_even = tl.zeros([HEADS, Q, BLOCK], tl.float32)
-    pk_odd = tl.zeros([HEADS, Q, BLOCK], tl.float32)
-    pgk_even = tl.zeros([HEADS, Q, BLOCK], tl.float32)
-    pgk_odd = tl.zeros([HEADS, Q, BLOCK], tl.float32)
+    b_delta = zeros(HEADS, Q, 1)
+    b_sum = zeros(HEADS, Q, 1)
+    b_most = zeros(HEADS, Q, 1)
+    b_centre = zeros(HEADS, Q, 1)
+    pk_even = zeros(HEADS, Q, BLOCK)
+    pk_odd = zeros(HEADS, Q, BLOCK)
+    pgk_even = zeros(HEADS, Q, BLOCK)
+    pgk_odd = zeros(HEADS, Q, BLOCK)
     cell, first, second = load_record(p_base, p_fractions, o_site, m_q, EXACT)
     o_next = o_site
     for i_l in range(0, L):
@@ -145,23 +149,23 @@ def _trajectory_attention_bwd_queries_kernel(
         m2 = over_channels(w2 > 0.0, o_c, WORDS, BLOCK)
         m3 = over_channels(w3 > 0.0, o_c, WORDS, BLOCK)
         f64 = frame.to(tl.int64)
-        p_kc = p_k + f64 * k_t * UNIT + ((cell * K_P)[None, :, None] + o_c[None, None, :]) + o_kh
-        p_vc = p_v + f64 * v_t * UNIT + ((cell * V_P)[None, :, None] + o_c[None, None, :]) + o_vh
+        p_kc = p_k + f64 * k_t * UNIT + (by_query(cell * K_P) + by_channel(o_c)) + o_kh
+        p_vc = p_v + f64 * v_t * UNIT + (by_query(cell * V_P) + by_channel(o_c)) + o_vh
         v0, v1, v2, v3 = load_corners(p_vc, V_P, WIDTH * V_P, m0, m1, m2, m3, HEIGHT, WIDTH)
         k0, k1, k2, k3 = load_corners(p_kc, K_P, WIDTH * K_P, m0, m1, m2, m3, HEIGHT, WIDTH)
         o_next += P
         cell, first, second = load_record(p_base, p_fractions, o_next, m_q & (o_next < L * P), EXACT)
-        w0 = w0[None, :, None]
-        w1 = w1[None, :, None]
-        w2 = w2[None, :, None]
-        w3 = w3[None, :, None]
+        w0 = by_query(w0)
+        w1 = by_query(w1)
+        w2 = by_query(w2)
+        w3 = by_query(w3)
         # V first: of it only g is kept, while K goes into dq.
         v_even, v_odd = mix(v0, v1, v2, v3, w0, w1, w2, w3, HEIGHT, WIDTH, KIND)
-        # Tile: [HEADS, Q].
+        # One number for each query and head.
         b_g = dot(do_even, do_odd, v_even, v_odd, KIND)
         k_even, k_odd = mix(k0, k1, k2, k3, w0, w1, w2, w3, HEIGHT, WIDTH, KIND)
         b_z = dot(q_even, q_odd, k_even, k_odd, KIND) * (scale * LOG2_E)
-        b_p = tl.exp2(tl.where(is_live[None, :], b_z - b_lse, float("-inf")))
+        b_p = tl.exp2(tl.where(by_query(is_live), b_z - b_lse, float("-inf")))
         if EXACT:
             b_next = tl.where(b_p > b_most, b_g, b_centre)
             b_move = b_centre - b_next
@@ -170,35 +174,32 @@ def _trajectory_attention_bwd_queries_kernel(
             b_delta += b_move * b_sum
             b_sum += b_p
             if NEEDS_DQ:
-                pgk_even += b_move[:, :, None] * pk_even
-                pgk_odd += b_move[:, :, None] * pk_odd
+                pgk_even += b_move * pk_even
+                pgk_odd += b_move * pk_odd
         b_pg = b_p * (b_g - b_centre)
         b_delta += b_pg
         if NEEDS_PAIRS:
-            tl.store(p_pairs, join_pair(b_p, b_g), mask=m_q[None, :])
+            tl.store(p_pairs, join_pair(b_p, b_g), mask=by_query(m_q))
             p_pairs += P * H
         if NEEDS_DQ:
-            b_p = b_p[:, :, None]
-            b_pg = b_pg[:, :, None]
             pk_even += b_p * k_even
             pk_odd += b_p * k_odd
             pgk_even += b_pg * k_even
             pgk_odd += b_pg * k_odd
 
     if HAS_DLSE:
-        b_delta -= tl.load(dlse + bt64 + o_row, mask=m_q[None, :], other=0.0)
+        b_delta -= tl.load(dlse + bt64 + o_row, mask=by_query(m_q), other=0.0)
     if NEEDS_PAIRS:
         tl.debug_barrier()  # the program's own stores, by other threads
         p_pairs = pairs + i_ct.to(tl.int64) * L * (P * H) + o_row
         for _ in range(0, L):
-            b_p, b_g = split_pair(tl.load(p_pairs, mask=m_q[None, :], other=0))
+            b_p, b_g = split_pair(tl.load(p_pairs, mask=by_query(m_q), other=0))
             b_ds = b_p * ((b_g - b_centre) - b_delta) * scale
-            tl.store(p_pairs, join_pair(b_p, b_ds), mask=m_q[None, :])
+            tl.store(p_pairs, join_pair(b_p, b_ds), mask=by_query(m_q))
             p_pairs += P * H
     if NEEDS_DQ:
-        b_delta = b_delta[:, :, None]
         b_dq = channels(pgk_even - b_delta * pk_even, pgk_odd - b_delta * pk_odd, KIND) * scale
         SPAN: tl.constexpr = BLOCK if KIND == 0 else 2 * BLOCK
         o_d = tl.arange(0, SPAN)
-        o_tile = (o_site * (H * D))[None, :, None] + (o_head * D)[:, None, None] + o_d[None, None, :]
+        o_tile = by_query(o_site * (H * D)) + by_head(o_head * D) + by_channel(o_d)
         tl.store(dq + bt64 * D + o_tile, b_dq.to(dq.dtype.element_ty), mask=over_channels(m_q, o_d, D, SPAN))

@@ -6,12 +6,17 @@ import triton
 import triton.language as tl
 
 from zsvr_kernels.ops.trajectory_attention.triton_samples import (
+    QUERIES_FIRST,
+    by_channel,
+    by_head,
+    by_query,
     corner_weights,
     is_inside,
     load_corners,
     over_channels,
     split_pair,
     tile_sites,
+    zeros,
 )
 
 
@@ -68,7 +73,7 @@ def _trajectory_attention_bwd_samples_kernel(
 ):
     # Computes: dx = sum over heads of scale ds q . dK/dx + p dO . dV/dx, dy alike; 0 where clamped or dead.
     # Grid: (Bp * T * L * tiles of sites,), tiles innermost.
-    # Tiles: [HEADS, TILE_H * TILE_W samples, BLOCK_D], for all heads and for the clips of an entry in turn.
+    # Tiles: TILE_H * TILE_W samples x HEADS x BLOCK_D channels, for all heads and for the clips of an entry in turn.
     # Traffic: 10 H D elements for each sample and clip, 8 of them mostly from L1 and L2.
     # Numerics: float32, fractions from the positions themselves; clips add up in order (IS_FIRST: onto nothing).
     P: tl.constexpr = HEIGHT * WIDTH
@@ -89,19 +94,19 @@ def _trajectory_attention_bwd_samples_kernel(
     fx = tl.minimum(tl.maximum(x, 0.0), WIDTH - 1.0) - (cell % WIDTH).to(tl.float32)
     fy = tl.minimum(tl.maximum(y, 0.0), HEIGHT - 1.0) - (cell // WIDTH).to(tl.float32)
     w0, w1, w2, w3 = corner_weights(fx, fy, is_live, HEIGHT, WIDTH)
-    w0 = w0[None, :, None]
-    w1 = w1[None, :, None]
-    w2 = w2[None, :, None]
-    w3 = w3[None, :, None]
-    fx = fx[None, :, None]
-    fy = fy[None, :, None]
+    w0 = by_query(w0)
+    w1 = by_query(w1)
+    w2 = by_query(w2)
+    w3 = by_query(w3)
+    fx = by_query(fx)
+    fy = by_query(fy)
 
     o_d = tl.arange(0, BLOCK_D)
     m_qd = over_channels(is_live, o_d, D, BLOCK_D)
     t64 = i_t.to(tl.int64) * UNIT
     f64 = frame.to(tl.int64) * UNIT
-    b_x = tl.zeros([HEADS, TILE_H * TILE_W, BLOCK_D], tl.float32)
-    b_y = tl.zeros([HEADS, TILE_H * TILE_W, BLOCK_D], tl.float32)
+    b_x = zeros(HEADS, TILE_H * TILE_W, BLOCK_D)
+    b_y = zeros(HEADS, TILE_H * TILE_W, BLOCK_D)
     # The first clip of this launch that reads entry i_bp.
     first = first_clip + (i_bp - first_clip % Bp + Bp) % Bp
     stop = tl.where(frame.to(tl.uint32, bitcast=True) < Tk, stop_clip, first)
@@ -117,18 +122,16 @@ def _trajectory_attention_bwd_samples_kernel(
         p_pairs = pairs + (c64 * (T * L) + i_tl) * (P * H)
         for i_h in range(0, H, HEADS):
             o_head = i_h + tl.arange(0, HEADS)
-            # Tile: [HEADS, Q].
-            o_pair = o_site[None, :] * H + o_head[:, None]
-            b_p, b_ds = split_pair(tl.load(p_pairs + o_pair, mask=is_live[None, :], other=0))
-            b_p = b_p[:, :, None]
-            b_ds = b_ds[:, :, None]
-            # Tile: [HEADS, Q, BLOCK_D].
-            o_tile = (o_head * (q_h * UNIT))[:, None, None] + (o_site * (q_p * UNIT))[None, :, None]
-            b_q = tl.load(p_q + (o_tile + o_d[None, None, :]), mask=m_qd, other=0.0).to(tl.float32) * b_ds
-            o_tile = (o_head * (d_o_h * UNIT))[:, None, None] + (o_site * (d_o_p * UNIT))[None, :, None]
-            b_do = tl.load(p_do + (o_tile + o_d[None, None, :]), mask=m_qd, other=0.0).to(tl.float32) * b_p
-            o_tile = (o_head * (k_h * UNIT))[:, None, None] + (cell * (k_p * UNIT))[None, :, None]
-            p_x = p_k + (o_tile + o_d[None, None, :])
+            # One number for each query and head.
+            o_pair = by_query(o_site * H) + by_head(o_head)
+            b_p, b_ds = split_pair(tl.load(p_pairs + o_pair, mask=by_query(is_live), other=0))
+            # Tiles of BLOCK_D channels.
+            o_tile = by_head(o_head * (q_h * UNIT)) + by_query(o_site * (q_p * UNIT))
+            b_q = tl.load(p_q + (o_tile + by_channel(o_d)), mask=m_qd, other=0.0).to(tl.float32) * b_ds
+            o_tile = by_head(o_head * (d_o_h * UNIT)) + by_query(o_site * (d_o_p * UNIT))
+            b_do = tl.load(p_do + (o_tile + by_channel(o_d)), mask=m_qd, other=0.0).to(tl.float32) * b_p
+            o_tile = by_head(o_head * (k_h * UNIT)) + by_query(cell * (k_p * UNIT))
+            p_x = p_k + (o_tile + by_channel(o_d))
             c0, c1, c2, c3 = load_corners(p_x, k_p * UNIT, WIDTH * k_p * UNIT, m_qd, m_qd, m_qd, m_qd, HEIGHT, WIDTH)
             c0 = clean(c0, w0)
             c1 = clean(c1, w1)
@@ -136,8 +139,8 @@ def _trajectory_attention_bwd_samples_kernel(
             c3 = clean(c3, w3)
             b_x += b_q * ((1.0 - fy) * (c1 - c0) + fy * (c3 - c2))
             b_y += b_q * ((1.0 - fx) * (c2 - c0) + fx * (c3 - c1))
-            o_tile = (o_head * (v_h * UNIT))[:, None, None] + (cell * (v_p * UNIT))[None, :, None]
-            p_x = p_v + (o_tile + o_d[None, None, :])
+            o_tile = by_head(o_head * (v_h * UNIT)) + by_query(cell * (v_p * UNIT))
+            p_x = p_v + (o_tile + by_channel(o_d))
             c0, c1, c2, c3 = load_corners(p_x, v_p * UNIT, WIDTH * v_p * UNIT, m_qd, m_qd, m_qd, m_qd, HEIGHT, WIDTH)
             c0 = clean(c0, w0)
             c1 = clean(c1, w1)
@@ -145,9 +148,10 @@ def _trajectory_attention_bwd_samples_kernel(
             c3 = clean(c3, w3)
             b_x += b_do * ((1.0 - fy) * (c1 - c0) + fy * (c3 - c2))
             b_y += b_do * ((1.0 - fx) * (c2 - c0) + fx * (c3 - c1))
+    HEAD_AXIS: tl.constexpr = 1 if QUERIES_FIRST else 0
     # On the far border itself both corners of the reference are the border's site.
-    dx = tl.where((x >= 0.0) & (x < WIDTH - 1.0), tl.sum(tl.sum(b_x, 2), 0), 0.0)
-    dy = tl.where((y >= 0.0) & (y < HEIGHT - 1.0), tl.sum(tl.sum(b_y, 2), 0), 0.0)
+    dx = tl.where((x >= 0.0) & (x < WIDTH - 1.0), tl.sum(tl.sum(b_x, 2), HEAD_AXIS), 0.0)
+    dy = tl.where((y >= 0.0) & (y < HEIGHT - 1.0), tl.sum(tl.sum(b_y, 2), HEAD_AXIS), 0.0)
     if not IS_FIRST:
         dx += tl.load(dpositions + 2 * o_sample, mask=m_q, other=0.0)
         dy += tl.load(dpositions + 2 * o_sample + 1, mask=m_q, other=0.0)

@@ -6,12 +6,16 @@ import triton
 import triton.language as tl
 
 from zsvr_kernels.ops.trajectory_attention.triton_samples import (
+    by_channel,
+    by_head,
+    by_query,
     channels,
     over_channels,
     split_pair,
     tile_sites,
     unpack,
     words_of,
+    zeros,
 )
 
 
@@ -59,7 +63,7 @@ def _trajectory_attention_bwd_sites_kernel(
 ):
     # Computes: dk[site] = sum w scale ds q and dv[site] = sum w p dO over the samples that read the site.
     # Grid: (clips * Tk * (H / HEADS) * tiles of sites,), tiles innermost.
-    # Tiles: [HEADS, TILE_H * TILE_W source sites, BLOCK words], ENTRIES at a time; a program runs as long as its
+    # Tiles: TILE_H * TILE_W source sites x HEADS x BLOCK words, ENTRIES at a time; a program runs as long as its
     #   longest row. Rows list samples in one order, so neighbouring sites meet the same queries at about the same time.
     # Traffic: 2 D numbers and 8 bytes for each entry and head, 8 bytes for each entry and program; dk, dv once.
     # Numerics: float32 sums in the order of the index.
@@ -94,13 +98,13 @@ def _trajectory_attention_bwd_sites_kernel(
     o_h = tl.arange(0, HEADS)
     p_samples = samples + begin
     p_weights = weights + begin
-    dk_even = tl.zeros([HEADS, S, BLOCK], tl.float32)
-    dk_odd = tl.zeros([HEADS, S, BLOCK], tl.float32)
-    dv_even = tl.zeros([HEADS, S, BLOCK], tl.float32)
-    dv_odd = tl.zeros([HEADS, S, BLOCK], tl.float32)
+    dk_even = zeros(HEADS, S, BLOCK)
+    dk_odd = zeros(HEADS, S, BLOCK)
+    dv_even = zeros(HEADS, S, BLOCK)
+    dv_odd = zeros(HEADS, S, BLOCK)
     for n in range(0, longest, ENTRIES):
         for u in tl.static_range(ENTRIES):
-            # Vectors: [S].
+            # One number for each site.
             sample = tl.load(p_samples + u, mask=n + u < count, other=-1)
             b_w = tl.load(p_weights + u, mask=n + u < count, other=0.0)
             m_n = sample.to(tl.uint32, bitcast=True) < T * L * P
@@ -109,23 +113,23 @@ def _trajectory_attention_bwd_sites_kernel(
             # il < 2^21 where IS_SHORT: the quotient is then never near enough to an integer to be rounded across it.
             i_t = ((il.to(tl.float32) + 0.5) * inverse_L).to(tl.int32) if IS_SHORT else il // L
             o_pair = sample * H if IS_FLAT else sample.to(tl.int64) * H
-            # Tile: [HEADS, S].
-            p_pair = p_pairs + o_pair[None, :] + o_h[:, None]
-            b_p, b_ds = split_pair(tl.load(p_pair, mask=m_n[None, :], other=0))
+            # One number for each site and head.
+            p_pair = p_pairs + by_query(o_pair) + by_head(o_h)
+            b_p, b_ds = split_pair(tl.load(p_pair, mask=by_query(m_n), other=0))
             m_row = over_channels(m_n, o_c, WORDS, BLOCK)
-            # Tile: [HEADS, S, BLOCK].
+            # Tiles of BLOCK words.
             if NEEDS_DK:
                 o_row = (i_t * P + site) * Q_P if IS_FLAT else i_t.to(tl.int64) * q_t * UNIT + site * Q_P
-                p_x = p_q + (o_row[None, :, None] + o_c[None, None, :]) + (o_h * Q_H)[:, None, None]
+                p_x = p_q + (by_query(o_row) + by_channel(o_c)) + by_head(o_h * Q_H)
                 x_even, x_odd = unpack(tl.load(p_x, mask=m_row, other=0), KIND)
-                b_ds = (b_ds * b_w[None, :])[:, :, None]
+                b_ds = b_ds * by_query(b_w)
                 dk_even += b_ds * x_even
                 dk_odd += b_ds * x_odd
             if NEEDS_DV:
                 o_row = (i_t * P + site) * DO_P if IS_FLAT else i_t.to(tl.int64) * d_o_t * UNIT + site * DO_P
-                p_x = p_do + (o_row[None, :, None] + o_c[None, None, :]) + (o_h * DO_H)[:, None, None]
+                p_x = p_do + (by_query(o_row) + by_channel(o_c)) + by_head(o_h * DO_H)
                 x_even, x_odd = unpack(tl.load(p_x, mask=m_row, other=0), KIND)
-                b_p = (b_p * b_w[None, :])[:, :, None]
+                b_p = b_p * by_query(b_w)
                 dv_even += b_p * x_even
                 dv_odd += b_p * x_odd
         p_samples += ENTRIES
@@ -134,7 +138,7 @@ def _trajectory_attention_bwd_sites_kernel(
     SPAN: tl.constexpr = BLOCK if KIND == 0 else 2 * BLOCK
     o_d = tl.arange(0, SPAN)
     m_out = over_channels(m_s, o_d, D, SPAN)
-    o_tile = (o_site * (H * D))[None, :, None] + (o_head * D)[:, None, None] + o_d[None, None, :]
+    o_tile = by_query(o_site * (H * D)) + by_head(o_head * D) + by_channel(o_d)
     o_frame = (b64 * Tk + i_j) * (P * H * D)
     if NEEDS_DK:
         b_dk = channels(dk_even, dk_odd, KIND)

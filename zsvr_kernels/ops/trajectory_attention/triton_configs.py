@@ -42,7 +42,7 @@ class Row(NamedTuple):
     registers: int | None = None
 
 
-# (target, kernel); what is not listed has the row of `_DEFAULT`.
+# (target, kernel); what is not listed has the row of `_DEFAULT`, whose register limits are the least without spills.
 _TABLE: dict[tuple[str, str], Row] = {
     ("cpu", "fwd"): Row(4, 2, 1, 4),
     ("cpu", "queries"): Row(4, 2, 1, 4),
@@ -56,15 +56,21 @@ _TABLE: dict[tuple[str, str], Row] = {
 }
 _DEFAULT: dict[str, Row] = {
     "fwd": Row(1, 2, 1, 8, 80),
+    "fwd fp16": Row(1, 2, 1, 8, 96),
     "queries": Row(1, 2, 1, 8, 128),
     "sites": Row(1, 2, 2, 8),
     "samples": Row(1, 1, 1, 4),
 }
 
 
-def tile_of(kernel: str, target: str, itemsize: int, D: int, H: int, grid: tuple[int, int]) -> Tile:
-    """Return the tile of ``"fwd"``, ``"queries"``, ``"sites"`` or ``"samples"`` (the backward's three) for a call."""
-    row = _TABLE.get((target, kernel), _DEFAULT[kernel])
+def tile_of(kernel: str, target: str, dtype: str, D: int, H: int, grid: tuple[int, int]) -> Tile:
+    """Return the tile of ``"fwd"``, ``"queries"``, ``"sites"`` or ``"samples"`` (the backward's three) for a call.
+
+    ``dtype`` is ``"bf16"``, ``"fp16"`` or ``"fp32"``.
+    """
+    default = _DEFAULT.get(f"{kernel} {dtype}", _DEFAULT[kernel])
+    row = _TABLE.get((target, kernel), default)
+    itemsize = 4 if dtype == "fp32" else 2
     # Threads of one row of numbers; an interpreted program costs about the same whatever its tile.
     lanes = 8 if target == "cpu" else max(1, power_of_two(D) * itemsize // 16)
     if lanes > 32:  # a row stays in one warp, so that no sum crosses warps

@@ -17,6 +17,7 @@ from zsvr_kernels.records import Records
 # Clips of a backward are taken in turn where their pairs (p and ds of every sample and head) would exceed this.
 PAIR_BYTES = 1 << 28
 _BELOW = 1 << 31
+_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 def _module(name: str) -> Any:
@@ -98,7 +99,7 @@ class _Rows:
 def _constants(kernel: str, target: str, q: Tensor, grid: tuple[int, int]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return what a kernel is compiled for, and its options."""
     H, D = q.shape[3:]
-    tile = tile_of(kernel, target, q.element_size(), D, H, grid)
+    tile = tile_of(kernel, target, _NAMES[q.dtype], D, H, grid)
     constants = {
         "H": H,
         "HEIGHT": grid[0],

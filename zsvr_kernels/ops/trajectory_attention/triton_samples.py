@@ -1,7 +1,9 @@
 """What the Triton kernels of trajectory attention share: tiles of sites, records, the corners of a cell and their mix.
 
-Tiles are ``[HEADS, Q, channels]``: lanes lie along channels, 16 bytes each, then along queries; heads are repetitions
-within a lane, so what a record says is worked out once for all heads of a program.
+Tiles have three axes: queries (or samples, or source sites), heads and channels. Lanes are to lie along channels, 16
+bytes each, then along queries; heads are to be repetitions within a lane, so that what a record says is worked out once
+for all heads of a program. Triton lays out axes without a direction of their own in the order in which they stand, 3.6
+from the first, 3.9 from the last: hence the two orders, and `by_query` and `by_head`, to write for both.
 
 Rows of 16-bit numbers are loaded as int32 words of two (KIND: 1 bfloat16, 2 float16; 0: numbers one by one, as float32
 and rows that no word fits). A tile then consists of two planes, the even and the odd channels: bfloat16 needs one
@@ -12,6 +14,28 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+QUERIES_FIRST = tl.constexpr(tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 7))
+
+
+@triton.jit
+def by_query(x):  # [Q] -> along the queries of a tile
+    return x[:, None, None] if QUERIES_FIRST else x[None, :, None]
+
+
+@triton.jit
+def by_head(x):  # [HEADS] -> along the heads of a tile
+    return x[None, :, None] if QUERIES_FIRST else x[:, None, None]
+
+
+@triton.jit
+def by_channel(x):  # [channels] -> along the channels of a tile
+    return x[None, None, :]
+
+
+@triton.jit
+def zeros(HEADS: tl.constexpr, Q: tl.constexpr, COUNT: tl.constexpr):  # a tile
+    return tl.zeros([Q, HEADS, COUNT] if QUERIES_FIRST else [HEADS, Q, COUNT], tl.float32)
 
 
 @triton.jit
@@ -34,11 +58,11 @@ def unpack(x, KIND: tl.constexpr):  # float32 planes of what was loaded
 
 
 @triton.jit
-def dot(x_even, x_odd, y_even, y_odd, KIND: tl.constexpr):  # [..., channels] -> [...]
+def dot(x_even, x_odd, y_even, y_odd, KIND: tl.constexpr):  # one number for each query and head
     product = x_even * y_even
     if KIND != 0:
         product += x_odd * y_odd
-    return tl.sum(product, len(product.shape) - 1)
+    return tl.sum(product, 2, keep_dims=True)
 
 
 @triton.jit
@@ -109,8 +133,8 @@ def corner_weights(fx, fy, is_live, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def over_channels(m, o_c, COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    # [Q] -> [1, Q, 1], or with the channels from COUNT on masked.
-    return m[None, :, None] if BLOCK == COUNT else m[None, :, None] & (o_c < COUNT)[None, None, :]
+    # Along queries; channels from COUNT on are masked.
+    return by_query(m) if BLOCK == COUNT else by_query(m) & by_channel(o_c < COUNT)
 
 
 @triton.jit
