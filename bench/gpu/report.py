@@ -70,9 +70,8 @@ def predictions() -> dict[str, Any]:
 
 def predicted(record: Record, known: dict[str, Any], device: str) -> dict[str, Any] | None:
     """Return what was predicted for a case on this device (an H200's figures for those without their own)."""
-    if record["variant"]:
-        return None
-    key = "/".join((record["op"], record["level"], f"T{record['T']}", record["dtype"], record["direction"]))
+    parts = (record["op"], record["level"], f"T{record['T']}", record["dtype"], record["direction"], record["variant"])
+    key = "/".join(part for part in parts if part)
     machines = known.get(key, {}).get("machines", {})
     own = [m for name, m in machines.items() if name in device.lower()]
     return (own or list(machines.values())[:1] or [None])[0]
