@@ -16,7 +16,7 @@ from zsvr_kernels import backends
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PYTHON = sorted(p for folder in ("zsvr_kernels", "python") for p in (ROOT / folder).rglob("*.py"))
-OUTSIDE = [p for folder in ("tests", "bench", "examples") for p in (ROOT / folder).rglob("*.py")]
+OUTSIDE = [p for folder in ("tests", "bench", "gates", "examples") for p in (ROOT / folder).rglob("*.py")]
 EVERY_PYTHON = [*PYTHON, *OUTSIDE, ROOT / "setup.py"]
 NATIVE = sorted((*(ROOT / "csrc").rglob("*.cpp"), *(ROOT / "csrc").rglob("*.h")))
 OPERATORS = sorted(p.name for p in (ROOT / "zsvr_kernels" / "ops").iterdir() if (p / "__init__.py").exists())
@@ -97,8 +97,9 @@ def test_operators_point_one_way():
         inside = f"zsvr_kernels.ops.{op}"
         for path in folder.glob("*.py"):
             names = imports(path)
-            if path.stem in ("cpu", "sdpa", "cuda"):
-                assert not any(name.startswith("zsvr_kernels.ops") for name in names), path
+            if path.stem in ("cpu", "sdpa", "sdpa_kernels", "cuda"):
+                used = [name for name in names if name.startswith("zsvr_kernels.ops")]
+                assert all(path.stem == "sdpa" and name.startswith(f"{inside}.sdpa_") for name in used), path
             if path.stem == "triton_launch":
                 used = [name for name in names if name.startswith("zsvr_kernels.ops")]
                 assert all(name.startswith(f"{inside}.triton_") for name in used), path

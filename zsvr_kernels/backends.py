@@ -69,10 +69,25 @@ def _refuse_cpu(call: Call) -> str | None:
 def _refuse_sdpa(call: Call) -> str | None:
     if call.op != "cross_frame_attention":
         return "it implements cross_frame_attention only"
-    if call.return_lse and (call.device != "cpu" or torch.compiler.is_compiling()):
-        return "torch's SDPA gives no lse on this device or under torch.compile"
-    if call.return_lse and call.needs_grad:
+    if not call.return_lse:
+        return None
+    if call.needs_grad:
         return "torch's SDPA has no gradient of lse"
+    if torch.compiler.is_compiling() or call.device not in ("cpu", "cuda"):
+        return "torch's SDPA gives no lse on this device or under torch.compile"
+    return _refuse_sdpa_lse_on_cuda(call) if call.device == "cuda" else None
+
+
+def _refuse_sdpa_lse_on_cuda(call: Call) -> str | None:
+    """The kernels that give an lse there are flash (16-bit) and efficient (float32), if they are switched on."""
+    switches = torch.backends.cuda
+    is_on = switches.mem_efficient_sdp_enabled() if call.dtype == torch.float32 else switches.flash_sdp_enabled()
+    if torch.version.hip is not None or call.dtype == torch.float64 or not is_on:
+        return "torch's SDPA gives an lse by its flash and efficient kernels, which this dtype or its switches rule out"
+    if call.D is None or call.D % 8 or call.D > 256:
+        return f"head dim {call.D}; torch's SDPA gives an lse for multiples of 8 up to 256"
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+        return "torch's SDPA gives an lse on GPUs of compute capability 8.0 and later"
     return None
 
 

@@ -290,9 +290,9 @@ def guarded(x: Tensor, layout: str = "offset") -> Guarded:
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
     span = sum(s * (n - 1) for s, n in zip(strides, x.shape, strict=True)) + 1
     offset = 13
-    buffer = torch.full((offset + max(span, 1) + 64,), torch.nan, dtype=x.dtype)
+    buffer = torch.full((offset + max(span, 1) + 64,), torch.nan, dtype=x.dtype, device=x.device)
     view = buffer.as_strided(x.shape, strides, offset)
-    covered = torch.zeros(buffer.shape, dtype=torch.bool)
+    covered = torch.zeros(buffer.shape, dtype=torch.bool, device=x.device)
     covered.as_strided(x.shape, strides, offset).fill_(True)
     view.copy_(x)
     return Guarded(view, buffer, ~covered)
