@@ -42,7 +42,7 @@ class Row(NamedTuple):
     registers: int | None = None
 
 
-# (target, kernel); what is not listed has the row of `_DEFAULT`, whose register limits are the least without spills.
+# (target, kernel); what is not listed has the row of `_DEFAULT`, whose register limits spill nothing (make gates).
 _TABLE: dict[tuple[str, str], Row] = {
     ("cpu", "fwd"): Row(4, 2, 1, 4),
     ("cpu", "queries"): Row(4, 2, 1, 4),
