@@ -135,7 +135,7 @@ def test_no_live_slot_gives_zero(dtype, device, generator):
 
 def test_what_no_launch_can_check_is_absent(device, generator):
     q, k, v, trajectories = inputs((1, 1, 2, 2, (3, 5), 2, 16, 3), torch.float16, device, generator, dead=0.0)
-    trajectories.frames[:, 0] = 1
+    trajectories.frames.fill_(1)
     positions, valid = trajectories.positions, trajectories.valid
     for name, bad in (("frames", 2), ("frames", 10**9), ("frames", -7), ("base", 11), ("base", 2**31 - 1)):
         frames = trajectories.frames.clone()

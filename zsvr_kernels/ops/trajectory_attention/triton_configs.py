@@ -42,13 +42,15 @@ class Row(NamedTuple):
     registers: int | None = None
 
 
-# (target, kernel); what is not listed has the row of `_DEFAULT`, whose register limits are the least without spills.
+# (target, kernel); what is not listed has the row of `_DEFAULT`, whose register limits spill nothing (make gates).
 _TABLE: dict[tuple[str, str], Row] = {
     ("cpu", "fwd"): Row(4, 2, 1, 4),
     ("cpu", "queries"): Row(4, 2, 1, 4),
     ("cpu", "sites"): Row(4, 2, 3, 4),
     ("cpu", "samples"): Row(4, 2, 1, 4),
+    ("sm_80", "fwd"): Row(1, 2, 1, 8, 96),
     ("sm_86", "fwd"): Row(1, 2, 1, 8),
+    ("sm_100", "fwd"): Row(1, 2, 1, 8, 96),
     ("sm_100", "queries"): Row(1, 2, 1, 4, 160),
     ("gfx942", "fwd"): Row(1, 2, 1, 4),
     ("gfx942", "queries"): Row(1, 1, 1, 4),
