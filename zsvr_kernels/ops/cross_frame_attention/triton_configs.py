@@ -130,10 +130,11 @@ _FLOAT32: dict[str, tuple[Row, ...]] = {
     ),
     "dq": (
         (96, ANY, Tiles(32, 32, 4, 2)),
-        (256, ANY, Tiles(32, 16, 8, 2)),
+        (160, ANY, Tiles(32, 16, 8, 2)),
+        (256, ANY, Tiles(16, 16, 8, 2)),
     ),
     "dkv": (
-        (96, ANY, Tiles(32, 32, 8, 2)),
+        (64, ANY, Tiles(32, 32, 8, 2)),
         (256, ANY, Tiles(16, 32, 8, 2)),
     ),
 }
