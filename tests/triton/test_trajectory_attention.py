@@ -133,6 +133,13 @@ def test_no_live_slot_gives_zero(dtype, device, generator):
         assert (gradient == 0).all()
 
 
+def test_no_clip_at_all(device, generator):
+    q, k, v, trajectories = inputs((0, 1, 2, 2, (3, 5), 2, 24, 2), torch.float32, device, generator)
+    with testing.poisoned_allocations():
+        results = differentiate(attend(trajectories), (q, k, v, trajectories.positions), upstream(q, generator))
+    assert all(x.numel() == 0 for x in results[:5]) and (results[5] == 0).all()
+
+
 def test_what_no_launch_can_check_is_absent(device, generator):
     q, k, v, trajectories = inputs((1, 1, 2, 2, (3, 5), 2, 16, 3), torch.float16, device, generator, dead=0.0)
     trajectories.frames.fill_(1)

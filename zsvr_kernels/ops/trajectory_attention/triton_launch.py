@@ -359,4 +359,6 @@ def launch_bwd(
         d_o, dlse, q, k, v, lse, positions, made, frames, index, grid, scale, needs, _triton.target(q.device)
     )
     _triton.run(launches)
+    if not q.shape[0]:
+        gradients[3].zero_()
     return gradients
