@@ -55,6 +55,7 @@ _BLACKWELL: dict[str, tuple[Row, ...]] = {
         (160, ANY, Tiles(128, 64, 8, 3)),
         (256, ANY, Tiles(128, 64, 8, 2)),
     ),
+    "dq": ((160, 64, Tiles(64, 64, 4, 2)), (64, ANY, Tiles(128, 64, 8, 2)), *_HOPPER["dq"][2:]),
     "dkv": (
         (96, ANY, Tiles(64, 64, 4, 3)),
         (128, ANY, Tiles(64, 128, 8, 2)),
@@ -134,6 +135,7 @@ _FLOAT32: dict[str, tuple[Row, ...]] = {
         (256, ANY, Tiles(16, 16, 8, 2)),
     ),
     "dkv": (
+        (32, ANY, Tiles(32, 32, 4, 2)),  # 16 bytes for each thread in a tile of 16 channels
         (64, ANY, Tiles(32, 32, 8, 2)),
         (256, ANY, Tiles(16, 32, 8, 2)),
     ),
