@@ -55,7 +55,13 @@ _BLACKWELL: dict[str, tuple[Row, ...]] = {
         (160, ANY, Tiles(128, 64, 8, 3)),
         (256, ANY, Tiles(128, 64, 8, 2)),
     ),
-    "dq": ((160, 64, Tiles(64, 64, 4, 2)), (64, ANY, Tiles(128, 64, 8, 2)), *_HOPPER["dq"][2:]),
+    "dq": (
+        (160, 64, Tiles(64, 64, 4, 2)),
+        (64, ANY, Tiles(128, 64, 8, 2)),
+        (96, ANY, Tiles(64, 64, 4, 2)),
+        (160, ANY, Tiles(128, 64, 8, 2)),
+        (256, ANY, Tiles(128, 32, 8, 2)),
+    ),
     "dkv": (
         (96, ANY, Tiles(64, 64, 4, 3)),
         (128, ANY, Tiles(64, 128, 8, 2)),
