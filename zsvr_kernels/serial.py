@@ -10,6 +10,7 @@ from torch import Tensor
 from zsvr_kernels import backends
 from zsvr_kernels.ops.cross_frame_attention import registration as _cross  # noqa: F401  (defines its ops)
 from zsvr_kernels.ops.trajectory_attention import registration as _trajectory  # noqa: F401
+from zsvr_kernels.records import is_exact
 from zsvr_kernels.trajectories import Trajectories
 from zsvr_kernels.validation import refuse_double_backward
 
@@ -45,8 +46,10 @@ class SerialFunction(torch.autograd.Function):
         backend: str,
     ) -> Tensor:
         fields = (trajectories.positions, trajectories.valid, trajectories.frames)
+        records = trajectories.records(is_exact(q.dtype)) if backend == "triton" else ()
+        where = (*fields, *trajectories.grid)
         x, lse_x = torch.ops.zsvr.cross_frame_attention_fwd(q, k, v, frames, scale, backend)
-        o, lse = torch.ops.zsvr.trajectory_attention_fwd(q, k, x, *fields, *trajectories.grid, scale, backend)
+        o, lse = torch.ops.zsvr.trajectory_attention_fwd(q, k, x, *where, scale, backend, *records)
         ctx.save_for_backward(q, k, v, x, lse_x, lse, frames, *fields)
         ctx.trajectories, ctx.scale, ctx.backend = trajectories, scale, backend
         return o
@@ -56,9 +59,10 @@ class SerialFunction(torch.autograd.Function):
         refuse_double_backward("slr_attention")
         q, k, v, x, lse_x, lse, frames, *fields = ctx.saved_tensors
         where = (*fields, *ctx.trajectories.inverse(k.shape[1]), *ctx.trajectories.grid)
+        records = ctx.trajectories.records(is_exact(q.dtype)) if ctx.backend == "triton" else ()
         needs = [True, True, True, False]
         dq, dk, dx, _ = torch.ops.zsvr.trajectory_attention_bwd(
-            d_o, None, q, k, x, lse, *where, ctx.scale, needs, ctx.backend
+            d_o, None, q, k, x, lse, *where, ctx.scale, needs, ctx.backend, *records
         )
         dv = torch.ops.zsvr.cross_frame_attention_bwd_add(dx, q, k, v, x, lse_x, frames, ctx.scale, ctx.backend, dq, dk)
         return dq, dk, dv, None, None, None, None

@@ -152,6 +152,10 @@ class Trajectories:
 
         return self._keep("exact records" if exact else "records", (self.positions, self.valid), (), build)
 
+    def hold_records(self, base: Tensor, fractions: Tensor) -> None:
+        """Keep records (16-bit fractions) that were made together with the positions, instead of building them."""
+        self._keep("records", (self.positions, self.valid), (), lambda: (base, fractions))
+
     def _keep(self, name: str, of: tuple[Tensor, ...], extra: tuple[int, ...], build: Callable[[], Any]) -> Any:
         """Return what was built, or build it: anew whenever a tensor in ``of`` was written to."""
         if any(x.is_inference() for x in of):  # they do not count their changes, so nothing can be kept

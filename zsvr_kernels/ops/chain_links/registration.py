@@ -41,6 +41,21 @@ def _chain(
     return launch(forward, backward, valid_forward, valid_backward, (Hg, Wg), window, nearest, corners)
 
 
+def chain_with_records(
+    forward: Tensor,
+    backward: Tensor,
+    valid_forward: Tensor,
+    valid_backward: Tensor,
+    grid: tuple[int, int],
+    window: int | None,
+    nearest: bool,
+    corners: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Chain on a GPU; the launch leaves the records of trajectory attention too. Not for traced code."""
+    launch = _launcher("triton").launch_with_records
+    return launch(forward, backward, valid_forward, valid_backward, grid, window, nearest, corners)
+
+
 _library.impl("chain_links", _chain, "CompositeExplicitAutograd")
 
 
