@@ -48,7 +48,7 @@ def useful(case: Case) -> dict[str, float]:
     factor = {"fwd": 1.0, "bwd": 2.5, "step": 3.5}[case.direction]
     passes = {"fwd": 1.0, "bwd": 2.0, "step": 3.0}[case.direction]
     if case.op == "cross_frame_attention":
-        pairs = 2 * case.T - 2  # neighbours, none beyond the ends
+        pairs = 2 * case.T  # neighbours; at the ends the frame itself stands in for the missing one
         exponentials = case.shape.H * pairs * case.P**2 * (2.0 if case.direction == "step" else 1.0)
         moved = 4.0 * tokens * case.C * size * passes
         return {"flops": factor * 4 * case.C * case.P**2 * pairs, "exponentials": exponentials, "bytes": moved}
