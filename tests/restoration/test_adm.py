@@ -496,7 +496,7 @@ def test_files_that_are_no_checkpoints_are_refused_and_not_executed(tmp_path, mo
     torch.save({"state_dict": Network().state}, "wrapped.pt")
     with pytest.raises(ValueError, match="no state dict but a dict with state_dict"):
         adm.open_adm("wrapped.pt", **options)
-    with pytest.raises(FileNotFoundError, match="nothing.pt"):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.pt"):
         adm.open_adm("nothing.pt", **options)
 
 

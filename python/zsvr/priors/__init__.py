@@ -67,7 +67,7 @@ def open(source: str | os.PathLike[str], **options: Any) -> Prior:
         )
     if path.suffix not in (".pt", ".pth", ".safetensors"):
         raise ValueError(
-            f"{path} is no prior: expected a guided-diffusion checkpoint (.pt, .pth, .safetensors) or a folder saved by "
-            "diffusers; single-file checkpoints of other networks must be converted to such a folder first"
+            f"{path} is no prior: expected a guided-diffusion checkpoint (.pt, .pth, .safetensors) or a folder saved "
+            "by diffusers; single-file checkpoints of other networks must be converted to such a folder first"
         )
     return open_adm(path, **options)

@@ -80,11 +80,8 @@ def split_qkv(x: Tensor, heads: int, order: str) -> tuple[Tensor, Tensor, Tensor
 
     Rows are ``(heads, 3, head_dim)`` in the legacy order, ``(3, heads, head_dim)`` in the new one.
     """
-    if order == "legacy":
-        parts = x.unflatten(0, (heads, 3, -1)).unbind(1)
-    else:
-        parts = x.unflatten(0, (3, heads, -1)).unbind(0)
-    q, k, v = (part.flatten(0, 1) for part in parts)
+    shape, axis = ((heads, 3, -1), 1) if order == "legacy" else ((3, heads, -1), 0)
+    q, k, v = (part.flatten(0, 1) for part in x.unflatten(0, shape).unbind(axis))
     return q, k, v
 
 
@@ -169,8 +166,8 @@ class ADMPrior(Prior):
         if not errors[self.qkv_order] < errors[other]:
             found = ", ".join(f"{name} {errors[name]:.4g}" for name in ORDERS)
             raise ValueError(
-                f"qkv_order={self.qkv_order!r} predicts noise no better than {other!r} (squared error: {found}): open the "
-                f"checkpoint with qkv_order={other!r}"
+                f"qkv_order={self.qkv_order!r} predicts noise no better than {other!r} (squared error: {found}): open "
+                f"the checkpoint with qkv_order={other!r}"
             )
         return errors
 
@@ -245,8 +242,8 @@ def open_adm(
         known = published(layout) or Published(0)
         if size is None and not known.size:
             raise ValueError(
-                f"no published network has channel multipliers {layout.multipliers} on {layout.base_channels} channels: "
-                "say the size of its training images, size=..., and if they differ from legacy, 64 and linear: "
+                f"no published network has channel multipliers {layout.multipliers} on {layout.base_channels} "
+                "channels: say the size of its training images, size=..., and if not legacy, 64 and linear: "
                 "qkv_order=..., head_dim=... or num_heads=..., schedule=..."
             )
         _check_use(layout, label)
@@ -283,8 +280,8 @@ def _check_use(layout: ADMLayout, label: int | None) -> None:
     """Refuse networks that are no priors of RGB images, and labels that do not fit."""
     if layout.in_channels != 3:
         raise ValueError(
-            f"the network takes {layout.in_channels} channels: it is conditioned on another image (an upsampler), or no "
-            "network for RGB; a prior takes 3"
+            f"the network takes {layout.in_channels} channels: it is conditioned on another image (an upsampler), or "
+            "no network for RGB; a prior takes 3"
         )
     if layout.out_channels not in (3, 6):
         raise ValueError(f"the network gives {layout.out_channels} channels; expected 3, or 6 with a learned variance")
@@ -292,8 +289,8 @@ def _check_use(layout: ADMLayout, label: int | None) -> None:
         raise ValueError(f"the network knows no classes, got label = {label}")
     if layout.classes is not None and label is None:
         raise ValueError(
-            f"the network is class-conditional ({layout.classes} classes): say which, label=0..{layout.classes - 1}, or "
-            "take an unconditional checkpoint"
+            f"the network is class-conditional ({layout.classes} classes): say which, label=0..{layout.classes - 1}, "
+            "or take an unconditional checkpoint"
         )
     if layout.classes is not None and not 0 <= (label or 0) < layout.classes:
         raise ValueError(f"label must be within 0..{layout.classes - 1}, got {label}")

@@ -149,8 +149,8 @@ def infer_layout(shapes: Shapes) -> ADMLayout:
     residual_blocks = blocks // levels - 1
     if residual_blocks < 1 or blocks % levels:
         raise ValueError(
-            f"the numbers of blocks do not fit: {inputs} input blocks, {outputs} output blocks, {len(ups)} of them with "
-            f"an upsampler, so {levels} levels; input and output blocks must both be levels * (residual blocks + 1)"
+            f"the numbers of blocks do not fit: {inputs} input blocks, {outputs} output blocks, {len(ups)} of them "
+            f"with an upsampler, so {levels} levels; both kinds must be levels * (residual blocks + 1) blocks"
         )
     starts = [1 + i * (residual_blocks + 1) for i in range(levels)]
     channels = tuple(read.size(f"input_blocks.{n}.0.out_layers.3.weight", 0, 4) for n in starts)

@@ -66,8 +66,8 @@ class _DiffusersPrior(Prior):
         self.channels = model.config.in_channels
         if model.config.out_channels not in (self.channels, 2 * self.channels):
             raise ValueError(
-                f"the network takes {self.channels} channels and gives {model.config.out_channels}: it is conditioned on "
-                "another image (inpainting, upscaling, depth), and is no prior of images alone"
+                f"the network takes {self.channels} channels and gives {model.config.out_channels}: it is conditioned "
+                "on another image (inpainting, upscaling, depth), and is no prior of images alone"
             )
         self._has_variance = model.config.out_channels == 2 * self.channels
         self.learns_variance = self._has_variance and schedule.get("variance_type") != "learned"

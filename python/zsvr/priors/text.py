@@ -68,7 +68,8 @@ def encode(
         zeros_for_no_negative: SDXL's embeddings of a negative prompt that is not given are zeros.
 
     Raises:
-        FileNotFoundError: an encoder without its tokenizer. ValueError: an encoder of another kind, or of another width.
+        FileNotFoundError: an encoder without its tokenizer.
+        ValueError: an encoder of another kind, or of another width.
     """
     is_xl = config.get("addition_embed_type") == "text_time"
     suffixes = [s for s in ("", "_2") if (root / f"text_encoder{s}").is_dir()]

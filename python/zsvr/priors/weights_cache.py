@@ -37,7 +37,7 @@ def cache_path(folder: pathlib.Path, stem: str, facts: Mapping[str, Any]) -> pat
 
 def _add(digest: Any, name: str, x: Tensor) -> None:
     digest.update(f"{name} {x.dtype} {tuple(x.shape)}\n".encode())
-    digest.update(memoryview(x.contiguous().reshape(-1).view(torch.uint8).numpy()))
+    digest.update(x.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def write(path: pathlib.Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
