@@ -41,7 +41,7 @@ def transposed_warp(field: Tensor, displacement: Tensor) -> Tensor:
     Args:
         field: ``[N, C, Hc, Wc]``. displacement: ``[N, 2, Hc, Wc]`` (dx, dy) in pixels.
     """
-    N, C, Hc, Wc = field.shape
+    Hc, Wc = field.shape[2:]
     P = Hc * Wc
     where = sites((Hc, Wc), dtype=displacement.dtype, device=field.device) + displacement.flatten(2).mT
     x, y = where[..., 0].clamp(0, Wc - 1), where[..., 1].clamp(0, Hc - 1)
