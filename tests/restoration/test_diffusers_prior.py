@@ -236,6 +236,13 @@ def test_without_a_text_encoder_zeros_of_the_right_width_and_a_remark(config, tm
             priors.open(tmp_path, **options)
 
 
+def test_a_prompt_that_is_cut_off_is_remarked_upon(tmp_path):
+    folder = latent_folder(tmp_path)
+    assert priors.open(folder, prompt=" ".join("abc" for _ in range(3))).describe()["remarks"] == []
+    (remark,) = priors.open(folder, prompt=" ".join("a" for _ in range(30))).describe()["remarks"]
+    assert remark == "a prompt of 32 tokens was cut off after 12"
+
+
 @pytest.mark.parametrize("shift", [None, 0.25])
 def test_frames_go_through_the_vae_in_pieces(shift, tmp_path):
     folder = latent_folder(tmp_path, vae={"shift_factor": shift})

@@ -333,6 +333,14 @@ def test_the_normalised_semantic_shift_has_the_distance_as_its_size():
     assert float(pair_distances(small, guided.encoder).sum()) < 0.9 * before
 
 
+def test_the_semantic_level_works_within_inference_mode():
+    x, guided = semantic_guide()
+    expected = guided.shift(x, 0, 100)
+    with torch.inference_mode():
+        x, guided = guide(guided.encoder, gain=0.0, clip="given")
+        assert torch.equal(guided.shift(x, 0, 100), expected)
+
+
 def test_semantic_pairs_that_are_not_adjacent_do_not_count():
     x, guided = semantic_guide(ids=[0, 5, 6, 9])
     shift = guided.shift(x, 0, 100)
