@@ -170,8 +170,10 @@ class LatentPrior(_DiffusersPrior):
         self.vae = vae
         self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.multiple = self.factor
-        latent = size if size is not None else _sides(config.sample_size)
-        self.size = _sides(latent) if size is not None else tuple(n * self.factor for n in latent)  # type: ignore
+        if size is None:
+            height, width = _sides(config.sample_size)
+            size = (height * self.factor, width * self.factor)
+        self.size = _sides(size)
         self.branches = condition.tokens.shape[0]
         self.guidance_scale = guidance_scale
         self.vae_frames = vae_frames
