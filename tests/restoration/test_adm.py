@@ -77,6 +77,22 @@ def test_the_converted_network_computes_the_same(name, order, tmp_path):
     assert prior.multiple == 2 ** (len(network.multipliers) - 1)
 
 
+@pytest.mark.parametrize("name", ["as published", "heads by number"])
+def test_the_patch_of_one_frame_changes_nothing(name, tmp_path):
+    network = Network(**NETWORKS[name])
+    options = {"head_dim": network.head_dim, "num_heads": network.heads, "size": 16, "cache": False}
+    prior = adm.open_adm(saved(network, tmp_path), **options)
+    prior.model.double()
+    x = frames(1).double()
+    flow = torch.zeros(1, 0, 2, 16, 16)
+    with torch.no_grad():
+        expected, _ = prior.predict(x, 40)
+        context = zk.VideoContext(flow, flow, options=zk.SLROptions(backend="reference"))
+        with zk.patched(prior.model, context, expected_count=prior.expected_count):
+            got, _ = prior.predict(x, 40)
+    assert relative(got, expected) < 1e-12
+
+
 def test_the_layout_is_read_off_the_state_dict():
     network = Network(base=64, multipliers=(0.5, 1, 1.5), blocks=2, attention=(2,), classes=7, updown=False)
     layout = adm_layout.infer_layout({k: tuple(v.shape) for k, v in network.state.items()})
