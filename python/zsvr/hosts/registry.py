@@ -53,7 +53,7 @@ def make(name: str = "auto", *, operator: Operator | None = None, noise_std: flo
     if name not in REGISTRY:
         raise ValueError(f"unknown host {name!r}: expected auto or one of {', '.join(REGISTRY)}")
     cls = REGISTRY[name]
-    allowed = [n for n in inspect.signature(cls.__init__).parameters if n not in ("self", "noise_std")]
+    allowed = [n for n in inspect.signature(cls).parameters if n != "noise_std"]
     unknown = sorted(set(arguments) - set(allowed))
     if unknown:
         raise TypeError(f"host {name} does not take {', '.join(unknown)}: it takes {', '.join(allowed)}")

@@ -55,7 +55,7 @@ def make(task: str, **arguments: Any) -> Operator:
     if name not in REGISTRY:
         raise ValueError(f"unknown task or operator {task!r}: expected one of {', '.join(sorted({*TASKS, *REGISTRY}))}")
     cls = REGISTRY[name]
-    allowed = [n for n in inspect.signature(cls.__init__).parameters if n != "self"] if arguments else []
+    allowed = list(inspect.signature(cls).parameters)
     unknown = sorted(set(arguments) - set(allowed))
     if unknown:
         takes = ", ".join(allowed) or "no arguments"

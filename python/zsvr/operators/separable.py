@@ -48,14 +48,20 @@ class Separable(Spectral):
 
     def __init__(self, matrix: Callable[[int, bool], Tensor], tolerance: float = 0.0) -> None:
         self._tolerance = tolerance
-        exact = functools.lru_cache(maxsize=4)(lambda n, vertical: Axis.of(matrix(n, vertical)))
+        self._exact = functools.lru_cache(maxsize=4)(lambda n, vertical: Axis.of(matrix(n, vertical)))
         self._axis = functools.lru_cache(maxsize=8)(
-            lambda n, vertical, dtype, device: exact(n, vertical).to(dtype, device)
+            lambda n, vertical, dtype, device: self._exact(n, vertical).to(dtype, device)
         )
+        self._kept = functools.lru_cache(maxsize=4)(self._keep)
 
     def _axes(self, canvas: tuple[int, int], like: Tensor) -> tuple[Axis, Axis]:
         H, W = canvas
         return self._axis(H, True, like.dtype, like.device), self._axis(W, False, like.dtype, like.device)
+
+    def _keep(self, canvas: tuple[int, int]) -> Tensor:
+        """Return the singular values of the measured components, float64; those below the tolerance are 0."""
+        v, h = self._exact(canvas[0], True), self._exact(canvas[1], False)
+        return truncated(torch.outer(v.values, h.values), self._tolerance)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``R_v x R_h^T`` for ``x [..., C, H, W]``."""
@@ -70,13 +76,11 @@ class Separable(Spectral):
     def inverse(self, y: Tensor, canvas: tuple[int, int]) -> Tensor:
         """Return the pseudo-inverse of the truncated map, of the canvas's size."""
         v, h = self._axes(canvas, y)
-        gain = reciprocal(truncated(torch.outer(v.values, h.values), self._tolerance))
-        components = gain * apply(v.left.mT, y, h.left.mT)
+        components = reciprocal(self._kept(canvas)).to(y) * apply(v.left.mT, y, h.left.mT)
         return apply(v.right[:, : len(v.values)], components, h.right[:, : len(h.values)])
 
     def values(self, canvas: tuple[int, int]) -> Tensor:
-        v, h = self._axes(canvas, torch.empty((), dtype=torch.float64))
-        kept = truncated(torch.outer(v.values, h.values), self._tolerance).float()
+        kept = self._kept(canvas).float()
         return torch.nn.functional.pad(kept, (0, canvas[1] - kept.shape[1], 0, canvas[0] - kept.shape[0]))
 
     def analyze(self, x: Tensor) -> Tensor:
