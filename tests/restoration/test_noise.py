@@ -8,7 +8,6 @@ import math
 import numpy
 import pytest
 import torch
-
 from zsvr import noise
 from zsvr.noise import FrameNoise, Sharing
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from zsvr import operators
 from zsvr.operators import Flat, Spectral, inner, kernels, make
 from zsvr.operators.blur import FourierBlur
