@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,29 +13,16 @@ from zsvr.operators.base import Spectral
 from zsvr_kernels import backends
 
 
-@dataclass(frozen=True)
-class Axis:
-    """One axis of a separable map and its singular value decomposition.
+class Factors(NamedTuple):
+    """The singular value decomposition of one axis's matrix ``[m, n]``, m <= n.
 
     Attributes:
-        matrix: ``[m, n]``, m <= n.
         left: ``[m, m]``. values: ``[m]``. right: ``[n, n]``, all of V, so that the null space has components too.
     """
 
-    matrix: Tensor
     left: Tensor
     values: Tensor
     right: Tensor
-
-    @classmethod
-    def of(cls, matrix: Tensor) -> Axis:
-        """Decompose a float64 matrix ``[m, n]``, m <= n."""
-        left, values, rightT = torch.linalg.svd(matrix, full_matrices=True)
-        return cls(matrix, left, values, rightT.mT.contiguous())
-
-    def to(self, dtype: torch.dtype, device: torch.device) -> Axis:
-        """Return the axis in another dtype, on another device."""
-        return Axis(*(t.to(device, dtype) for t in (self.matrix, self.left, self.values, self.right)))
 
 
 class Separable(Spectral):
@@ -48,15 +35,22 @@ class Separable(Spectral):
 
     def __init__(self, matrix: Callable[[int, bool], Tensor], tolerance: float = 0.0) -> None:
         self._tolerance = tolerance
-        self._exact = functools.lru_cache(maxsize=4)(lambda n, vertical: Axis.of(matrix(n, vertical)))
-        self._axis = functools.lru_cache(maxsize=8)(
-            lambda n, vertical, dtype, device: self._exact(n, vertical).to(dtype, device)
+        self._matrix = functools.lru_cache(maxsize=8)(
+            lambda n, vertical, dtype, device: matrix(n, vertical).to(device, dtype)
+        )
+        self._exact = functools.lru_cache(maxsize=4)(lambda n, vertical: _decompose(matrix(n, vertical)))
+        self._factors = functools.lru_cache(maxsize=8)(
+            lambda n, vertical, dtype, device: Factors(*(t.to(device, dtype) for t in self._exact(n, vertical)))
         )
         self._kept = functools.lru_cache(maxsize=4)(self._keep)
 
-    def _axes(self, canvas: tuple[int, int], like: Tensor) -> tuple[Axis, Axis]:
+    def _matrices(self, canvas: tuple[int, int], like: Tensor) -> tuple[Tensor, Tensor]:
         H, W = canvas
-        return self._axis(H, True, like.dtype, like.device), self._axis(W, False, like.dtype, like.device)
+        return self._matrix(H, True, like.dtype, like.device), self._matrix(W, False, like.dtype, like.device)
+
+    def _axes(self, canvas: tuple[int, int], like: Tensor) -> tuple[Factors, Factors]:
+        H, W = canvas
+        return self._factors(H, True, like.dtype, like.device), self._factors(W, False, like.dtype, like.device)
 
     def _keep(self, canvas: tuple[int, int]) -> Tensor:
         """Return the singular values of the measured components, float64; those below the tolerance are 0."""
@@ -65,13 +59,13 @@ class Separable(Spectral):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``R_v x R_h^T`` for ``x [..., C, H, W]``."""
-        v, h = self._axes((x.shape[-2], x.shape[-1]), x)
-        return apply(v.matrix, x, h.matrix)
+        v, h = self._matrices((x.shape[-2], x.shape[-1]), x)
+        return apply(v, x, h)
 
     def adjoint(self, y: Tensor, canvas: tuple[int, int]) -> Tensor:
         """Return ``R_v^T y R_h``, of the canvas's size."""
-        v, h = self._axes(canvas, y)
-        return apply(v.matrix.mT, y, h.matrix.mT)
+        v, h = self._matrices(canvas, y)
+        return apply(v.mT, y, h.mT)
 
     def inverse(self, y: Tensor, canvas: tuple[int, int]) -> Tensor:
         """Return the pseudo-inverse of the truncated map, of the canvas's size."""
@@ -90,6 +84,11 @@ class Separable(Spectral):
     def synthesize(self, c: Tensor) -> Tensor:
         v, h = self._axes((c.shape[-2], c.shape[-1]), c)
         return apply(v.right, c, h.right)
+
+
+def _decompose(matrix: Tensor) -> Factors:
+    left, values, transposed = torch.linalg.svd(matrix, full_matrices=True)
+    return Factors(left, values, transposed.mT.contiguous())
 
 
 def apply(rows: Tensor, x: Tensor, columns: Tensor) -> Tensor:
