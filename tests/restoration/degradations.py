@@ -24,6 +24,7 @@ CASES = {
     "sr_bicubic_2": (lambda: make("sr_bicubic", scale=2), 2),
     "sr_bicubic_4": (lambda: make("sr_bicubic", scale=4), 4),
     "blur_sep": (lambda: make("blur_sep"), 1),
+    "blur_sep_uniform": (lambda: make("blur_sep", kernel="uniform:3"), 1),  # has negative gains
     "blur_sep_lopsided": (lambda: make("blur_sep", kernel=(LOPSIDED, kernels.gaussian(7, 1.0))), 1),
     "blur_sep_cg": (lambda: make("blur_sep", kernel="gaussian:3,0.6", pinv="cg", cg_iters=300), 1),
     "blur_fft": (lambda: make("blur_fft"), 1),
@@ -31,6 +32,8 @@ CASES = {
     "blur_fft_lopsided": (lambda: make("blur_fft", kernel=LOPSIDED_IMAGE), 1),
     "blur_fft_even": (lambda: make("blur_fft", kernel=torch.tensor([[0.1, 0.2], [0.3, 0.4]])), 1),
     "blur_fft_large": (lambda: make("blur_fft", kernel="dps"), 1),
+    "blur_fft_mirror": (lambda: make("blur_fft", fft_pad="reflect"), 1),
+    "blur_fft_mirror_wiener": (lambda: make("blur_fft", fft_pad="reflect", pinv="wiener", noise_std=0.05), 1),
     "blur_fft_reflect": (lambda: make("blur_fft", kernel=LOPSIDED_IMAGE, fft_pad="reflect"), 1),
     "blur_fft_wiener": (lambda: make("blur_fft", pinv="wiener", noise_std=0.05), 1),
     "lowlight": (lambda: make("lowlight", gain=0.3, offset=0.5 - 0.15), 1),  # an offset with which it is linear
@@ -39,8 +42,16 @@ CASES = {
     "blur_sr": (lambda: make("compose", operators=[make("blur_sep", kernel="gaussian:5,1"), make("sr_avg")]), 4),
 }
 EXACT = ["denoise", "inpaint_random", "inpaint_box", "gray", "gray_luma", "sr_avg", "sr_bicubic_2", "sr_bicubic_4"]
-TRUNCATED = ["blur_sep", "blur_sep_lopsided", "blur_fft", "blur_fft_motion", "blur_fft_lopsided", "blur_fft_large"]
-TRUNCATED += ["blur_fft_even"]
+TRUNCATED = [
+    "blur_sep",
+    "blur_sep_uniform",
+    "blur_sep_lopsided",
+    "blur_fft",
+    "blur_fft_motion",
+    "blur_fft_lopsided",
+    "blur_fft_large",
+]
+TRUNCATED += ["blur_fft_even", "blur_fft_mirror"]
 FULL_ROW_RANK = ["denoise", "gray", "gray_luma", "sr_avg", "sr_bicubic_2", "sr_bicubic_4", "gray_sr"]
 
 

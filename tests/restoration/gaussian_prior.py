@@ -135,6 +135,7 @@ EVERY = {
     "blur_sep": lambda: operators.make("blur_sep", kernel="gaussian:5,1.5"),
     "blur_fft": lambda: operators.make("blur_fft", kernel="motion:5,30"),
     "blur_reflect": lambda: operators.make("blur_fft", kernel="gaussian:3,0.7", fft_pad="reflect", pinv="cg"),
+    "blur_mirror": lambda: operators.make("blur_fft", kernel="gaussian:5,1.5", fft_pad="reflect"),
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy
 import pytest
 import torch
@@ -88,6 +90,21 @@ def test_wiener_is_its_formula():
     expected = torch.fft.ifft2(torch.fft.fft2(y) * h.conj() / (h.abs() ** 2 + 0.2**2 / 0.25)).real
     assert relative(op.pinv(y), expected) < 1e-12
     assert op.spectrum() is None
+
+
+def test_corrections_never_grow():
+    # x - A+ (A x - y), over and over, as a sampler does it: an inverse that is wrong at the borders would diverge.
+    x = frames((1, 3, 32, 32))
+    for kernel in kernels.PRESETS:
+        for fft_pad in ("none", "reflect"):
+            op = make("blur_fft", kernel=kernel, fft_pad=fft_pad, cg_iters=20)
+            y = op.A(x)
+            errors, found = [], torch.zeros_like(x)
+            for _ in range(6):
+                found = found - op.pinv(op.A(found) - y)
+                errors.append(float((op.A(found) - y).norm()))
+            assert all(b <= a * (1 + 1e-6) for a, b in itertools.pairwise(errors)), (kernel, fft_pad, errors)
+            assert errors[0] < 0.2 * float(y.norm())
 
 
 def test_conjugate_gradients_reach_the_pseudo_inverse():

@@ -88,6 +88,11 @@ def test_foreign_and_damaged_files_are_refused(tmp_path):
         (lambda: make("deblur", svd_tol=0), ValueError, "operator.svd_tol"),
         (lambda: make("deblur", pinv="wiener"), ValueError, "operator.pinv must be one of closed, cg for blur_sep"),
         (lambda: make("blur_fft", pinv="wiener"), ValueError, "belong together"),
+        (
+            lambda: make("blur_fft", kernel="motion:5,30", fft_pad="reflect", pinv="closed"),
+            ValueError,
+            "symmetric along each axis",
+        ),
         (lambda: make("blur_fft", fft_pad="zero"), ValueError, "operator.fft_pad"),
         (lambda: make("deblur", cg_iters=0), ValueError, "operator.cg_iters"),
         (lambda: make("lowlight", gain=0), ValueError, "gain must be"),

@@ -31,14 +31,21 @@ class Separable(Spectral):
     Args:
         matrix: returns the float64 matrix of an axis of n pixels; arguments n and whether the axis is vertical.
         tolerance: products of singular values below it count as 0, in `inverse` and in the spectrum.
+        factors: returns the matrix's decomposition, where one is known; None: it is computed.
     """
 
-    def __init__(self, matrix: Callable[[int, bool], Tensor], tolerance: float = 0.0) -> None:
+    def __init__(
+        self,
+        matrix: Callable[[int, bool], Tensor],
+        tolerance: float = 0.0,
+        factors: Callable[[int, bool], Factors] | None = None,
+    ) -> None:
         self._tolerance = tolerance
+        decompose = factors or (lambda n, vertical: _decompose(matrix(n, vertical)))
         self._matrix = functools.lru_cache(maxsize=8)(
             lambda n, vertical, dtype, device: matrix(n, vertical).to(device, dtype)
         )
-        self._exact = functools.lru_cache(maxsize=4)(lambda n, vertical: _decompose(matrix(n, vertical)))
+        self._exact = functools.lru_cache(maxsize=4)(decompose)
         self._factors = functools.lru_cache(maxsize=8)(
             lambda n, vertical, dtype, device: Factors(*(t.to(device, dtype) for t in self._exact(n, vertical)))
         )
@@ -117,6 +124,23 @@ def convolution(kernel: Tensor, n: int) -> Tensor:
     taps = len(kernel)
     offset = torch.arange(taps) - taps // 2
     return folded(torch.arange(n)[:, None] - offset, kernel.expand(n, taps), n)
+
+
+def cosines(n: int) -> Tensor:
+    """Return the orthonormal cosine transform of length n (DCT-II), float64 ``[n, n]``, frequencies by rows."""
+    at = torch.arange(n, dtype=torch.float64)
+    table = torch.cos(at[:, None] * (at + 0.5) * (torch.pi / n)) * (2 / n) ** 0.5
+    table[0] *= 0.5**0.5
+    return table
+
+
+def cosine_factors(kernel: Tensor, n: int) -> Factors:
+    """Return the decomposition of `convolution` with a symmetric kernel: the cosine transform diagonalizes it."""
+    offset = torch.arange(len(kernel), dtype=torch.float64) - len(kernel) // 2
+    frequency = torch.arange(n, dtype=torch.float64)[:, None] * (torch.pi / n)
+    gain = (torch.cos(frequency * offset) * kernel).sum(1)  # [n], may be negative
+    right = cosines(n).mT.contiguous()
+    return Factors(torch.where(gain < 0, -right, right), gain.abs(), right)
 
 
 def truncated(values: Tensor, tolerance: float) -> Tensor:
