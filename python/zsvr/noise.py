@@ -138,11 +138,11 @@ def still(flow: Tensor, mask: Tensor, static_px: float, soft: bool) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Sharing:
+class NoiseOptions:
     """How the frames of a clip share initial and step noise.
 
     Attributes:
-        mode: ``"share"``: all frames have the same field. ``"warp_blend"``: the shared field moves with the optical
+        sharing: ``"share"``: all frames have the same field. ``"warp_blend"``: the shared field moves with the optical
             flow, and starts anew where that cannot be trusted. ``"static_mask"``: shared where nothing moves, the
             frame's own elsewhere. ``"rho"``: a mix of the shared and the own field. ``"none"``: the own field.
         fill: what ``"warp_blend"`` starts anew with: the ``"shared"`` field or a ``"fresh"`` one of that frame.
@@ -151,30 +151,31 @@ class Sharing:
         rho: share of the variance that is common in ``"rho"``, 0..1.
     """
 
-    mode: str = "share"
+    sharing: str = "share"
     fill: str = "shared"
     static_px: float = 0.5
     soft: bool = False
     rho: float = 0.9
 
     def __post_init__(self) -> None:
-        if self.mode not in SHARINGS:
-            raise ValueError(f"noise.sharing must be one of {', '.join(SHARINGS)}, got {self.mode!r}")
-        if self.fill not in FILLS:
-            raise ValueError(f"noise.fill must be one of {', '.join(FILLS)}, got {self.fill!r}")
-        if not self.static_px >= 0:
-            raise ValueError(f"noise.static_px must be at least 0, got {self.static_px!r}")
+        for name, value, allowed in (("sharing", self.sharing, SHARINGS), ("fill", self.fill, FILLS)):
+            if value not in allowed:
+                raise ValueError(f"noise.{name} must be one of {', '.join(allowed)}, got {value!r}")
+        if not isinstance(self.soft, bool):
+            raise TypeError(f"noise.soft must be True or False, got {self.soft!r}")
+        if not 0 <= self.static_px < float("inf"):
+            raise ValueError(f"noise.static_px must be a number of at least 0, got {self.static_px!r}")
         if not 0 <= self.rho <= 1:
             raise ValueError(f"noise.rho must be within 0..1, got {self.rho!r}")
 
     @property
     def needs_flow(self) -> bool:
-        """Whether the mode follows optical flow."""
-        return self.mode in ("warp_blend", "static_mask")
+        """Whether noise follows optical flow."""
+        return self.sharing in ("warp_blend", "static_mask")
 
 
 class FrameNoise:
-    """The noise of a clip's frames on the full canvas, shared as `Sharing` says.
+    """The noise of a clip's frames on the full canvas, shared as `NoiseOptions` says.
 
     Every field has mean 0 and variance 1 in each pixel.
 
@@ -182,7 +183,7 @@ class FrameNoise:
         seed: 0..2^63-1.
         shape: ``(C, h, w)`` of what is denoised, for the whole canvas.
         frames: number of frames T of the clip.
-        sharing: how frames share noise.
+        options: how frames share noise.
         flow_forward, flow_backward: ``[T-1, 2, H, W]``, from frame i to i+1 and back, in pixels of that size; only
             modes that follow flow need them. Another size than the canvas is resized (a latent canvas).
         occ_forward, occ_backward: bool ``[T-1, H, W]``, where that flow is occluded.
@@ -200,33 +201,33 @@ class FrameNoise:
         seed: int,
         shape: Sequence[int],
         frames: int,
-        sharing: Sharing | None = None,
+        options: NoiseOptions | None = None,
         *,
         flow_forward: Tensor | None = None,
         flow_backward: Tensor | None = None,
         occ_forward: Tensor | None = None,
         occ_backward: Tensor | None = None,
     ) -> None:
-        self.seed, self.frames, self.sharing = seed, frames, sharing or Sharing()
+        self.seed, self.frames, self.options = seed, frames, options or NoiseOptions()
         self.shape = tuple(shape)
         if len(self.shape) != 3 or min(self.shape) < 1 or frames < 1:
             raise ValueError(f"expected shape (C, h, w) and at least one frame, got {self.shape} and {frames}")
         key(seed, "initial")
         self._origin = self._start = self._still = None
-        if not self.sharing.needs_flow or frames == 1:
+        if not self.options.needs_flow or frames == 1:
             return
         backward, mask = self._on_canvas("backward", flow_backward, occ_backward)
-        if self.sharing.mode == "warp_blend":
+        if self.options.sharing == "warp_blend":
             self._origin, self._start = origins(backward, mask)
             return
         forward, mask_forward = self._on_canvas("forward", flow_forward, occ_forward)
         # Frame i looks back to frame i-1; the first has none and looks forward.
         flow, mask = torch.cat((forward[:1], backward)), torch.cat((mask_forward[:1], mask))
-        self._still = still(flow, mask, self.sharing.static_px, self.sharing.soft)
+        self._still = still(flow, mask, self.options.static_px, self.options.soft)
 
     def _on_canvas(self, direction: str, flow: Tensor | None, occluded: Tensor | None) -> tuple[Tensor, Tensor]:
         if flow is None or occluded is None:
-            raise ValueError(f"noise.sharing={self.sharing.mode!r} needs flow_{direction} and occ_{direction}")
+            raise ValueError(f"noise.sharing={self.options.sharing!r} needs flow_{direction} and occ_{direction}")
         count, grid = self.frames - 1, (self.shape[1], self.shape[2])
         if flow.ndim != 4 or tuple(flow.shape[:2]) != (count, 2) or occluded.shape != flow[:, 0].shape:
             raise ValueError(
@@ -280,18 +281,18 @@ class FrameNoise:
 
     def _blend(self, frame: int, draw: Callable[[int], Tensor]) -> Tensor:
         """Return the field of one frame, ``[C, h, w]``; ``draw(f)`` is the raw field of frame f."""
-        mode = self.sharing.mode
-        if mode == "none":
+        sharing = self.options.sharing
+        if sharing == "none":
             return draw(frame)
-        if mode == "rho":
-            return self.sharing.rho**0.5 * draw(SHARED) + (1 - self.sharing.rho) ** 0.5 * draw(frame)
+        if sharing == "rho":
+            return self.options.rho**0.5 * draw(SHARED) + (1 - self.options.rho) ** 0.5 * draw(frame)
         if self._still is not None:
             share = self._still[frame]
             return share.sqrt() * draw(SHARED) + (1 - share).sqrt() * draw(frame)
         if self._origin is None or self._start is None:  # "share", and any mode of a single frame
             return draw(SHARED)
         origin, start = self._origin[frame].long(), self._start[frame]
-        if self.sharing.fill == "shared":
+        if self.options.fill == "shared":
             return draw(SHARED).flatten(1)[:, origin].reshape(self.shape)
         result = torch.empty(self.shape).flatten(1)
         for first in start.unique().tolist():

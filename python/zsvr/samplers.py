@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from zsvr.noise import FrameNoise, Sharing
+from zsvr.noise import FrameNoise, NoiseOptions
 from zsvr.priors.base import Prior
 from zsvr.schedule import coefficients, last_index, spaced_steps
 
@@ -100,7 +100,7 @@ def sample(
     stop_step: int = 0,
     rule: Rule = ddpm,
     clip: bool = True,
-    sharing: Sharing | None = None,
+    noise: NoiseOptions | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
     callback: Callback | None = None,
@@ -115,7 +115,7 @@ def sample(
         steps, spacing, stop_step: the schedule; see `spaced_steps` and `last_index`.
         rule: how a state follows from the one before.
         clip: clamp predictions of pixels to [-1, 1] (never those of latents).
-        sharing: how frames share noise; None: each frame has its own.
+        noise: how frames share noise; None: each frame has its own.
         seed: 0..2^63-1.
         device: where the prior is.
         callback: called after every step with ``k, training step, next x, x0``.
@@ -135,7 +135,7 @@ def sample(
     if min(size) < 1 or size[0] % prior.multiple or size[1] % prior.multiple:
         raise ValueError(f"height and width must be multiples of {prior.multiple} for this prior, got {size}")
     shape = (prior.channels, size[0] // prior.factor, size[1] // prior.factor)
-    fields = FrameNoise(seed, shape, frames, sharing or Sharing("none"))
+    fields = FrameNoise(seed, shape, frames, noise or NoiseOptions("none"))
     schedule = spaced_steps(steps, len(prior.alphas_bar), spacing)
     ks = last_index(schedule, stop_step)
     levels = [float(prior.alphas_bar[step]) for step in schedule[: ks + 1]] + [1.0]

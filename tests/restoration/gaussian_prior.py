@@ -54,7 +54,7 @@ def restore(prior, host, operator, y, *, steps=100, stop_step=0, seed=0, travel=
     is exactly the mean of all samples.
     """
     T, canvas, dtype = len(y), prior.size, y.dtype
-    fields = noise.FrameNoise(seed, (3, *canvas), T, noise.Sharing("none"))
+    fields = noise.FrameNoise(seed, (3, *canvas), T, noise.NoiseOptions("none"))
     if quiet:
 
         def fields(kind, frames, **of_step):

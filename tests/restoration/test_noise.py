@@ -9,7 +9,7 @@ import numpy
 import pytest
 import torch
 from zsvr import noise
-from zsvr.noise import FrameNoise, Sharing
+from zsvr.noise import FrameNoise, NoiseOptions
 
 SHAPE = (3, 12, 10)
 T = 5
@@ -70,20 +70,20 @@ def test_bad_keys_are_refused(arguments, message):
         noise.key(*arguments)
 
 
-SHARINGS = [
-    Sharing("share"),
-    Sharing("none"),
-    *(Sharing("rho", rho=rho) for rho in (0.0, 0.9, 1.0)),
-    *(Sharing("warp_blend", fill=fill) for fill in noise.FILLS),
-    *(Sharing("static_mask", soft=soft, static_px=1.0) for soft in (False, True)),
+OPTIONS = [
+    NoiseOptions("share"),
+    NoiseOptions("none"),
+    *(NoiseOptions("rho", rho=rho) for rho in (0.0, 0.9, 1.0)),
+    *(NoiseOptions("warp_blend", fill=fill) for fill in noise.FILLS),
+    *(NoiseOptions("static_mask", soft=soft, static_px=1.0) for soft in (False, True)),
 ]
 
 
-@pytest.mark.parametrize("sharing", SHARINGS, ids=str)
-def test_mean_and_variance(sharing, generator):
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_mean_and_variance(options, generator):
     H, W, frames = 256, 256, 6
-    fields = FrameNoise(3, (3, H, W), frames, sharing, **motion(frames, (H, W), generator))("step", range(6), step=500)
-    tolerance = 3e-2 if sharing.mode == "warp_blend" else 1e-2
+    fields = FrameNoise(3, (3, H, W), frames, options, **motion(frames, (H, W), generator))("step", range(6), step=500)
+    tolerance = 3e-2 if options.sharing == "warp_blend" else 1e-2
     for field in fields:  # 2e5 values each: standard errors 2.3e-3 of the mean, 3.2e-3 of the variance
         assert abs(float(field.mean())) < tolerance
         assert abs(float(field.var()) - 1) < tolerance
@@ -93,9 +93,9 @@ def test_mean_and_variance(sharing, generator):
             assert abs(float((field.abs() > bound).float().mean()) - expected) < tolerance / 3
 
 
-@pytest.mark.parametrize("sharing", SHARINGS, ids=str)
-def test_a_frame_depends_on_neither_window_nor_order(sharing, generator):
-    fields = FrameNoise(3, SHAPE, T, sharing, **motion(T, SHAPE[1:], generator))
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_a_frame_depends_on_neither_window_nor_order(options, generator):
+    fields = FrameNoise(3, SHAPE, T, options, **motion(T, SHAPE[1:], generator))
     whole = fields("step", range(T), step=10, visit=2)
     for ids in ([3], [4, 0, 2], [1, 1]):
         assert torch.equal(fields("step", ids, step=10, visit=2), whole[ids])
@@ -104,7 +104,7 @@ def test_a_frame_depends_on_neither_window_nor_order(sharing, generator):
         fields("step", range(T), step=11, visit=2),
         fields("step", range(T), step=10, visit=1),
         fields("travel", range(T), step=10, visit=2),
-        FrameNoise(4, SHAPE, T, Sharing("none"))("step", range(T), step=10, visit=2),
+        FrameNoise(4, SHAPE, T, NoiseOptions("none"))("step", range(T), step=10, visit=2),
     ):
         assert all(not torch.equal(a, b) for a, b in zip(other, whole, strict=True))
     assert fields("step", [], step=10).shape == (0, *SHAPE)
@@ -115,9 +115,9 @@ def test_sharing_correlates_frames_as_it_says():
         a, b = FrameNoise(0, (3, 300, 300), 2, sharing)("initial", [0, 1]).flatten(1)
         return float(torch.corrcoef(torch.stack((a, b)))[0, 1])
 
-    assert correlation(Sharing("share")) == pytest.approx(1, abs=1e-6)
-    assert correlation(Sharing("rho", rho=0.7)) == pytest.approx(0.7, abs=0.01)
-    assert correlation(Sharing("none")) == pytest.approx(0, abs=0.01)
+    assert correlation(NoiseOptions("share")) == pytest.approx(1, abs=1e-6)
+    assert correlation(NoiseOptions("rho", rho=0.7)) == pytest.approx(0.7, abs=0.01)
+    assert correlation(NoiseOptions("none")) == pytest.approx(0, abs=0.01)
 
 
 def naive_origins(flow, mask):
@@ -161,7 +161,7 @@ def test_warped_noise_moves_with_the_picture():
     flow = torch.zeros(T - 1, 2, *SHAPE[1:])
     flow[:, 0] = -2
     visible = torch.zeros(T - 1, *SHAPE[1:], dtype=torch.bool)
-    fields = FrameNoise(1, SHAPE, T, Sharing("warp_blend"), flow_backward=flow, occ_backward=visible)
+    fields = FrameNoise(1, SHAPE, T, NoiseOptions("warp_blend"), flow_backward=flow, occ_backward=visible)
     e = fields("initial", range(T))
     for i in range(1, T):
         assert torch.equal(e[i, :, :, 2:], e[i - 1, :, :, :-2])
@@ -171,10 +171,10 @@ def test_warped_noise_moves_with_the_picture():
 def test_warp_blend_takes_values_of_the_shared_field(generator):
     given = motion(T, SHAPE[1:], generator)
     shared = noise.normal(1, "step", SHAPE, step=7)
-    for field in FrameNoise(1, SHAPE, T, Sharing("warp_blend"), **given)("step", range(T), step=7):
+    for field in FrameNoise(1, SHAPE, T, NoiseOptions("warp_blend"), **given)("step", range(T), step=7):
         for channel, e in zip(field, shared, strict=True):
             assert torch.isin(channel, e).all()
-    fresh = FrameNoise(1, SHAPE, T, Sharing("warp_blend", fill="fresh"), **given)("step", range(T), step=7)
+    fresh = FrameNoise(1, SHAPE, T, NoiseOptions("warp_blend", fill="fresh"), **given)("step", range(T), step=7)
     own = torch.stack([noise.normal(1, "step", SHAPE, step=7, frame=i) for i in range(T)])
     for i, field in enumerate(fresh):
         assert torch.isin(field, own[: i + 1]).all()
@@ -195,7 +195,7 @@ def test_static_mask_shares_where_nothing_moves():
         "occ_forward": torch.zeros_like(occluded),
         "occ_backward": occluded,
     }
-    fields = FrameNoise(2, SHAPE, T, Sharing("static_mask"), **given)("step", range(T), step=3)
+    fields = FrameNoise(2, SHAPE, T, NoiseOptions("static_mask"), **given)("step", range(T), step=3)
     shared = noise.normal(2, "step", SHAPE, step=3)
     for i, field in enumerate(fields):
         own = noise.normal(2, "step", SHAPE, step=3, frame=i)
@@ -221,16 +221,16 @@ def test_a_soft_mask_is_a_box_mean():
 def test_a_single_frame_has_the_shared_field():
     shared = noise.normal(0, "initial", SHAPE)
     for mode in ("share", "warp_blend", "static_mask"):
-        assert torch.equal(FrameNoise(0, SHAPE, 1, Sharing(mode))("initial", [0])[0], shared)
+        assert torch.equal(FrameNoise(0, SHAPE, 1, NoiseOptions(mode))("initial", [0])[0], shared)
 
 
 def test_flow_that_is_not_finite_starts_anew():
     flow = torch.zeros(1, 2, *SHAPE[1:])
     flow[0, 0, 3, 4] = math.nan
     visible = torch.zeros(1, *SHAPE[1:], dtype=torch.bool)
-    fields = FrameNoise(0, SHAPE, 2, Sharing("warp_blend", fill="fresh"), flow_backward=flow, occ_backward=visible)(
-        "initial", [0, 1]
-    )
+    fields = FrameNoise(
+        0, SHAPE, 2, NoiseOptions("warp_blend", fill="fresh"), flow_backward=flow, occ_backward=visible
+    )("initial", [0, 1])
     same = (fields[0] == fields[1]).all(0)
     assert not same[3, 4] and same.sum() == same.numel() - 1
 
@@ -246,7 +246,7 @@ def test_flow_of_another_size_is_resized():
             0,
             SHAPE,
             2,
-            Sharing("warp_blend"),
+            NoiseOptions("warp_blend"),
             flow_backward=flow,
             occ_backward=torch.zeros(1, *flow.shape[2:], dtype=torch.bool),
         )("initial", [1])
@@ -270,20 +270,21 @@ def test_uniform_fields():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Sharing("warp"), "noise.sharing must be one of"),
-        (lambda: Sharing(fill="old"), "noise.fill must be one of"),
-        (lambda: Sharing(rho=1.1), "noise.rho"),
-        (lambda: Sharing(static_px=-1), "noise.static_px"),
+        (lambda: NoiseOptions("warp"), "noise.sharing must be one of"),
+        (lambda: NoiseOptions(fill="old"), "noise.fill must be one of"),
+        (lambda: NoiseOptions(static_px=math.nan), "noise.static_px"),
+        (lambda: NoiseOptions(rho=1.1), "noise.rho"),
+        (lambda: NoiseOptions(static_px=-1), "noise.static_px"),
         (lambda: FrameNoise(0, SHAPE, 0), "at least one frame"),
         (lambda: FrameNoise(0, (3, 4), 1), "shape"),
         (lambda: FrameNoise(-1, SHAPE, 1), "seed"),
-        (lambda: FrameNoise(0, SHAPE, 3, Sharing("warp_blend")), "needs flow_backward"),
+        (lambda: FrameNoise(0, SHAPE, 3, NoiseOptions("warp_blend")), "needs flow_backward"),
         (
             lambda: FrameNoise(
                 0,
                 SHAPE,
                 3,
-                Sharing("warp_blend"),
+                NoiseOptions("warp_blend"),
                 flow_backward=torch.zeros(1, 2, 4, 4),
                 occ_backward=torch.zeros(1, 4, 4, dtype=torch.bool),
             ),

@@ -56,7 +56,7 @@ def test_frames_have_their_own_noise_unless_they_share():
     assert torch.equal(own, again) and not torch.equal(own[0], own[1])
     assert torch.equal(samplers.sample(prior, 1, steps=5, clip=False)[0], own[0])
     assert not torch.equal(samplers.sample(prior, 3, steps=5, clip=False, seed=1), own)
-    shared = samplers.sample(prior, 3, steps=5, clip=False, sharing=noise.Sharing("share"))
+    shared = samplers.sample(prior, 3, steps=5, clip=False, noise=noise.NoiseOptions("share"))
     assert torch.equal(shared[0], shared[2])
 
 
