@@ -27,9 +27,9 @@ def save(path: Path, flow: Flow, identity: dict[str, Any], *, overwrite: bool = 
     import safetensors.torch
 
     tensors = {name: x.detach().cpu().contiguous() for name, x in flow.tensors().items()}
-    facts = {"format": FORMAT, "identity": to_json(identity), "sha256": hash_tensors(tensors)}
-    with new_file(path, overwrite=overwrite) as partial:
-        safetensors.torch.save_file(tensors, str(partial), facts)
+    facts = {"format": FORMAT, "identity": identity, "sha256": hash_tensors(tensors)}
+    with new_file(path, overwrite=overwrite) as partial:  # one entry of metadata: the order of several is random
+        safetensors.torch.save_file(tensors, str(partial), {"facts": to_json(facts)})
 
 
 def load(path: Path) -> tuple[Flow, dict[str, Any]]:
@@ -44,13 +44,13 @@ def load(path: Path) -> tuple[Flow, dict[str, Any]]:
         raise FileNotFoundError(f"{path} is no file")
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:
-            facts = file.metadata() or {}
+            facts = json.loads((file.metadata() or {}).get("facts", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if facts.get("format") != FORMAT:
             raise ValueError(f"{path} holds {facts.get('format', 'no format')!r}, expected {FORMAT!r}")
         if facts["sha256"] != hash_tensors(tensors):
             raise ValueError(f"{path} is damaged: its tensors are not those that were saved")
-        return Flow(**tensors), json.loads(facts["identity"])
+        return Flow(**tensors), facts["identity"]
     except (safetensors.SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is no file of saved flow, or it is damaged: {error}") from error
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from zsvr.files import Path, hash_file
 from zsvr.flow.flo import read_flo
+from zsvr.weights import state_dict
 from zsvr_kernels.demo.denoise import optical_flow
 
 LUMA = (0.299, 0.587, 0.114)  # BT.601, as OpenCV's
@@ -94,8 +95,8 @@ class RAFT:
         self._hash = hash_file(path)
         network = raft_large(weights=None, progress=False)
         try:
-            network.load_state_dict(_state_dict(path))
-        except (RuntimeError, KeyError, AttributeError, TypeError) as error:
+            network.load_state_dict(state_dict(path))
+        except RuntimeError as error:
             raise ValueError(f"{path} is no state dict of torchvision's raft_large: {str(error)[:300]}") from error
         self._network = network.eval().requires_grad_(False).to(device)
         self._device = torch.device(device)
@@ -116,14 +117,6 @@ class RAFT:
             ]
             results.append(torch.cat(pairs)[..., :H, :W].to(u.device) if pairs else u.new_zeros(0, 2, H, W))
         return results[0], results[1]
-
-
-def _state_dict(path: pathlib.Path) -> dict[str, Tensor]:
-    if path.suffix == ".safetensors":
-        import safetensors.torch
-
-        return safetensors.torch.load_file(str(path))
-    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 class Given:

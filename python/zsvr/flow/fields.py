@@ -38,7 +38,7 @@ class FlowOptions:
     beta: float | None = None
     threshold_warped: bool = False
     motion_boundary: bool = False
-    cut_threshold: float = 0.9
+    cut_threshold: float = 0.8
     cut_difference: float = 0.25
 
     def __post_init__(self) -> None:
