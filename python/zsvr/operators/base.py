@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,22 +44,29 @@ class Operator(abc.ABC):
 
     Attributes:
         name: as in the command line and in saved descriptions.
-        rho: largest eigenvalue of ``A^T A``.
+        rho: largest eigenvalue of ``A^T A``, or a bound on it.
         exact_pinv: whether ``A A+ A = A`` holds exactly (in arithmetic without rounding).
+        full_row_rank: whether ``A A+ = I``.
+        blind: A has parameters that nobody knows and a host must estimate; then A is defined for simulation only.
     """
 
     name: str
     rho: float
     exact_pinv: bool = True
+    full_row_rank: bool = False
+    blind: bool = False
 
     @abc.abstractmethod
-    def A(self, x: Tensor) -> Tensor: ...
+    def A(self, x: Tensor) -> Tensor:
+        """Return the measurement ``A x``."""
 
     @abc.abstractmethod
-    def adjoint(self, y: Tensor) -> Tensor: ...
+    def adjoint(self, y: Tensor) -> Tensor:
+        """Return ``A^T y``."""
 
     @abc.abstractmethod
-    def pinv(self, y: Tensor) -> Tensor: ...
+    def pinv(self, y: Tensor) -> Tensor:
+        """Return ``A+ y``, or the regularized inverse that was asked for."""
 
     @abc.abstractmethod
     def measured_shape(self, canvas: tuple[int, int]) -> tuple[int, int, int]:
@@ -68,13 +76,21 @@ class Operator(abc.ABC):
             ValueError: the operator does not fit the canvas; says what would.
         """
 
-    @abc.abstractmethod
     def canvas(self, measured: tuple[int, int]) -> tuple[int, int]:
         """Return the canvas ``(Hc, Wc)`` whose measurement has size ``(Hy, Wy)``."""
+        return measured
 
-    @abc.abstractmethod
+    def from_picture(self, u: Tensor) -> Tensor:
+        """Return the measurement that a degraded picture ``u [..., 3, Hy, Wy]`` in [0, 1] shows."""
+        return to_model(u)
+
     def preview(self, y: Tensor) -> Tensor:
-        """Return a picture in [0, 1], ``[T, 3, Hc, Wc]``, for optical flow and for people (METHOD: preview)."""
+        """Return a picture in [0, 1], ``[T, 3, Hc, Wc]``, for optical flow and for people."""
+        return to_unit(y)
+
+    def select(self, frames: Sequence[int]) -> Operator:
+        """Return the operator of some frames of the clip: itself, unless it differs from frame to frame."""
+        return self
 
     def spectrum(self) -> Flat | Spectral | None:
         """Return the spectrum, or None where there is none in closed form (then DDNM+ is isotropic)."""
@@ -83,6 +99,20 @@ class Operator(abc.ABC):
     @abc.abstractmethod
     def describe(self) -> dict[str, Any]:
         """Return name and arguments, values that JSON or safetensors (tensors) can hold; `operators.load` reads it."""
+
+    def __repr__(self) -> str:
+        return _summary(self.describe())
+
+
+def _summary(value: Any) -> str:
+    """Return a description as text, tensors by shape."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    if isinstance(value, dict):
+        return f"{value['name']}({', '.join(f'{n}={_summary(v)}' for n, v in value.items() if n != 'name')})"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(_summary(v) for v in value)}]"
+    return repr(value)
 
 
 def to_model(u: Tensor) -> Tensor:
