@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class Prior(abc.ABC):
-    """An image diffusion model: predicts noise in a batch of frames (METHOD section 8).
+    """An image diffusion model: predicts noise in a batch of frames.
 
     Attributes:
         model: the network whose spatial self-attention `zsvr_kernels.patched` replaces.
@@ -40,6 +40,16 @@ class Prior(abc.ABC):
         Returns:
             eps like x, and ``frac`` in [0, 1] like x where the variance is learned, else None.
         """
+
+    def level(self, step: int) -> float:
+        """Return abar at a training step.
+
+        Raises:
+            ValueError: no step of the schedule.
+        """
+        if not 0 <= step < len(self.alphas_bar):
+            raise ValueError(f"step must be a training step, 0..{len(self.alphas_bar) - 1}, got {step}")
+        return float(self.alphas_bar[step])
 
     def encode(self, u: Tensor) -> Tensor:
         """Return what is denoised for frames ``[T, 3, H, W]`` in [-1, 1]; differentiable."""
