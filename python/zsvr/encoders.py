@@ -1,4 +1,4 @@
-"""Networks that metrics look through, from local files: CLIP, LPIPS, Inception. None is bundled or downloaded."""
+"""Networks that metrics look through, from local files: LPIPS and Inception. CLIP: `zsvr.temporal.semantic`."""
 
 from __future__ import annotations
 
@@ -11,41 +11,6 @@ from torch import Tensor, nn
 
 from zsvr.files import Path
 from zsvr.weights import state_dict
-
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
-
-def clip(folder: Path, device: torch.device | str = "cpu") -> Callable[[Tensor], Tensor]:
-    """Return the CLIP image encoder (Radford et al., ICML 2021) of a local transformers folder.
-
-    The encoder takes ``[N, 3, h, w]`` in [0, 1] of the model's size (224) and returns embeddings ``[N, D]``.
-
-    Raises:
-        FileNotFoundError: no such folder, or no config.json in it. ModuleNotFoundError: transformers is missing.
-        ValueError: it holds another model.
-    """
-    path = pathlib.Path(folder)
-    if not (path / "config.json").is_file():
-        raise FileNotFoundError(
-            f"{path} is no folder of a CLIP model (no config.json): save openai/clip-vit-base-patch32 there with "
-            "save_pretrained"
-        )
-    try:
-        from transformers import CLIPVisionModelWithProjection
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("CLIP needs transformers: pip install transformers") from error
-    try:
-        model = CLIPVisionModelWithProjection.from_pretrained(str(path), local_files_only=True, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path} holds no CLIP vision model as safetensors: {str(error)[:300]}") from error
-    model = model.eval().requires_grad_(False).to(device)
-    mean, std = (torch.tensor(x, device=device)[:, None, None] for x in (CLIP_MEAN, CLIP_STD))
-
-    def encode(u: Tensor) -> Tensor:
-        return model(pixel_values=(u.to(device) - mean) / std).image_embeds
-
-    return encode
 
 
 class LPIPS(nn.Module):
@@ -76,8 +41,8 @@ class LPIPS(nn.Module):
         }
         self._load(backbone, trunk, "torchvision's alexnet")
         self._load(heads, {f"heads.{n}": f"lin{n}.model.1.weight" for n in range(len(self.LAYERS))}, "LPIPS heads")
-        self.register_buffer("shift", torch.tensor((-0.030, -0.088, -0.188))[:, None, None])
-        self.register_buffer("scale", torch.tensor((0.458, 0.448, 0.450))[:, None, None])
+        self.shift = torch.tensor((-0.030, -0.088, -0.188), device=device)[:, None, None]
+        self.scale = torch.tensor((0.458, 0.448, 0.450), device=device)[:, None, None]
         self.eval().requires_grad_(False).to(device)
 
     def _load(self, path: Path, names: dict[str, str], what: str) -> None:

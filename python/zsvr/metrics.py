@@ -157,7 +157,7 @@ def flow_error(output: Flow, reference: Flow, *, norm: str = "epe") -> Tensor:
 
 
 def clip_crop(u: Tensor, size: int = CLIP_SIZE) -> Tensor:
-    """Return frames ``[N, 3, H, W]`` with the shorter side resized to ``size`` (antialiased bicubic), centre-cropped."""
+    """Return frames ``[N, 3, H, W]`` with the shorter side at ``size`` (antialiased bicubic), centre-cropped."""
     H, W = u.shape[-2:]
     scaled = [max(size, round(side * size / min(H, W))) for side in (H, W)]
     u = F.interpolate(u, size=scaled, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
@@ -171,7 +171,7 @@ def frame_similarity(output: Tensor, encoder: Encoder) -> Tensor:
 
     Args:
         output: ``[T, 3, H, W]`` in [0, 1].
-        encoder: takes ``[N, 3, 224, 224]`` in [0, 1], see `zsvr.encoders.clip`.
+        encoder: takes ``[N, 3, 224, 224]`` in [0, 1], see `zsvr.temporal.semantic.open_clip_encoder`.
     """
     embedded = torch.cat([encoder(clip_crop(frame[None].float())).double().cpu() for frame in output])
     return F.cosine_similarity(embedded[:-1], embedded[1:], dim=1, eps=1e-12)
@@ -230,7 +230,7 @@ def evaluate(
         estimator, flow_options: of WE and OFME; None: DIS.
         flow: the source's flow if it is known already, for WE and OFME; ``options.flow_source`` says of what.
         preview: the degraded clip as a picture, ``[T, 3, H, W]``: its flow is WE's with flow_source "input".
-        encoder: for FS, see `zsvr.encoders.clip`.
+        encoder: for FS, see `zsvr.temporal.semantic.open_clip_encoder`.
         lpips: for LPIPS and tLPIPS, see `zsvr.encoders.LPIPS`.
         inception: features ``[N, D]`` of frames ``[N, 3, H, W]``, for FID.
         i3d: features ``[N, D]`` of clips ``[N, 3, 16, H, W]``, for FVD.
@@ -339,9 +339,13 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     rows = [["", *(UNITS[m][0] for m in names)]]
     for label, result in results.items():
         cells = [float(result.get(m, math.nan)) for m in names]
-        rows.append([label, *("-" if math.isnan(x) else UNITS[m][1].format(x) for m, x in zip(names, cells, strict=True))])
+        rows.append(
+            [label, *("-" if math.isnan(x) else UNITS[m][1].format(x) for m, x in zip(names, cells, strict=True))]
+        )
     widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
     return "\n".join(
-        "  ".join(cell.ljust(w) if n == 0 else cell.rjust(w) for n, (cell, w) in enumerate(zip(row, widths, strict=True))).rstrip()
+        "  ".join(
+            cell.ljust(w) if n == 0 else cell.rjust(w) for n, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
         for row in rows
     )

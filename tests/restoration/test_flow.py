@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from zsvr import flow as flows
-from zsvr import video
 
 import zsvr_kernels as zk
+from zsvr import flow as flows
+from zsvr import video
 from zsvr_kernels.links import inside_pixels
 
 
@@ -27,9 +27,7 @@ def texture(size: tuple[int, int], seed: int = 0) -> torch.Tensor:
 def moving(frames: int, size: tuple[int, int], step: tuple[int, int], seed: int = 0) -> torch.Tensor:
     """Return a clip whose content moves by ``step`` (x, y) pixels per frame."""
     big = texture((size[0] + 80, size[1] + 80), seed)
-    return torch.stack(
-        [big[:, 40 - n * step[1] :, 40 - n * step[0] :][:, : size[0], : size[1]] for n in range(frames)]
-    )
+    return torch.stack([big[:, 40 - n * step[1] :, 40 - n * step[0] :][:, : size[0], : size[1]] for n in range(frames)])
 
 
 class Fixed:

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+
 from zsvr import encoders, metrics, video
 from zsvr.flow import DIS, Flow, FlowOptions, Zero, estimate
+from zsvr.temporal.semantic import MEAN, STD, open_clip_encoder
 
 
 def clips(frames: int = 3, size: tuple[int, int] = (24, 33)) -> tuple[torch.Tensor, torch.Tensor]:
@@ -146,7 +148,7 @@ def test_a_video_that_stands_still_has_no_error_and_a_flickering_one_has():
 
 
 def mean_colour(u: torch.Tensor) -> torch.Tensor:
-    return u.flatten(2).mean(2) if u.dim() == 4 else u.flatten(2).mean(2)
+    return u.flatten(2).mean(2)
 
 
 def test_frame_similarity_by_hand():
@@ -175,19 +177,14 @@ def test_clip_from_a_local_folder(tmp_path):
     torch.manual_seed(0)
     model = transformers.CLIPVisionModelWithProjection(settings).eval()
     model.save_pretrained(tmp_path / "clip")
-    encoder = encoders.clip(tmp_path / "clip")
+    encoder = open_clip_encoder(tmp_path / "clip")
     output, _ = clips()
     result = metrics.evaluate(output, encoder=encoder)
-    mean, std = (torch.tensor(x)[:, None, None] for x in (encoders.CLIP_MEAN, encoders.CLIP_STD))
+    mean, std = (torch.tensor(x)[:, None, None] for x in (MEAN, STD))
     with torch.no_grad():
         e = model((metrics.clip_crop(metrics.quantize(output)) - mean) / std).image_embeds
     assert result["fs"] == pytest.approx(float(F.cosine_similarity(e[:-1], e[1:]).mean()), abs=1e-6)
     assert math.isnan(result["psnr"]) and "no reference" in result["notes"][0]
-    with pytest.raises(FileNotFoundError, match="no folder of a CLIP model"):
-        encoders.clip(tmp_path)
-    (tmp_path / "clip" / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match="no CLIP vision model as safetensors"):
-        encoders.clip(tmp_path / "clip")
 
 
 class Given:
@@ -218,7 +215,8 @@ def test_frechet_distance_is_that_of_the_formula():
     generator = torch.Generator().manual_seed(1)
     a = torch.randn(40, 6, generator=generator) @ torch.randn(6, 6, generator=generator)
     b = torch.randn(30, 6, generator=generator) + 1
-    mu, sigma = zip(*((x.double().numpy().mean(0), np.cov(x.double().numpy(), rowvar=False)) for x in (a, b)))
+    mu = [x.double().numpy().mean(0) for x in (a, b)]
+    sigma = [np.cov(x.double().numpy(), rowvar=False) for x in (a, b)]
     expected = ((mu[0] - mu[1]) ** 2).sum() + np.trace(sigma[0] + sigma[1] - 2 * linalg.sqrtm(sigma[0] @ sigma[1]).real)
     assert metrics.frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
     assert metrics.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
@@ -281,12 +279,12 @@ def test_lpips_and_its_temporal_form(tmp_path):
                 d = (F.normalize(x, dim=1, eps=1e-10) - F.normalize(y, dim=1, eps=1e-10)).square()
                 total += F.conv2d(d, w[f"lin{taps.index(n)}.model.1.weight"])[:, 0].mean((1, 2))
     assert torch.allclose(distance(o, g), total, rtol=1e-4)
-    with pytest.raises(ValueError, match="no state dict of torchvision's alexnet: features.0.weight is nothing"):
+    with pytest.raises(ValueError, match=r"no state dict of torchvision's alexnet: features.0.weight is nothing"):
         encoders.LPIPS(heads, trunk)
     with pytest.raises(FileNotFoundError, match="no file of weights"):
         encoders.LPIPS(tmp_path / "missing.pth", heads)
     (tmp_path / "bad.pth").write_bytes(b"junk")
-    with pytest.raises(ValueError, match="cannot be read safely|holds no tensors"):
+    with pytest.raises(ValueError, match="holds no tensors"):
         encoders.LPIPS(tmp_path / "bad.pth", heads)
 
 
@@ -307,7 +305,7 @@ def test_one_frame_has_no_temporal_metrics():
 
 
 def test_cuts_are_left_out_of_temporal_metrics():
-    output, truth = clips(6, (48, 48))
+    _, truth = clips(6, (48, 48))
     truth = torch.cat((truth[:1].expand(3, -1, -1, -1), 1 - truth[1:2].expand(3, -1, -1, -1)))
     flow = estimate(truth, Zero(), FlowOptions(cut_threshold=0.1, cut_difference=0.05))
     assert flow.cuts.tolist() == [False, False, True, False, False]

@@ -10,6 +10,7 @@ import pathlib
 
 import pytest
 import torch
+
 from zsvr import files, runs
 from zsvr.flow import DIS
 
@@ -91,7 +92,7 @@ def test_the_folder_of_another_run_is_refused_and_says_why(tmp_path):
     assert contents(tmp_path / "run") == before
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
-    with pytest.raises(FileExistsError, match="holds thesis.tex and no run"):
+    with pytest.raises(FileExistsError, match=r"holds thesis.tex and no run"):
         runs.Run.create(tmp_path / "mine", settings())
     (tmp_path / "file").write_text("x")
     with pytest.raises(FileExistsError, match="is a file"):

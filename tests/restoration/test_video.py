@@ -13,6 +13,7 @@ import av
 import numpy as np
 import pytest
 import torch
+
 from zsvr import video
 from zsvr.video import colour, reading, writing
 
@@ -267,7 +268,7 @@ def test_folders_are_read_in_the_order_of_numbers_and_need_one_size(tmp_path):
     with pytest.raises(ValueError, match=r"differ in size: frame5.png is 10x8, the first 8x8"):
         video.read(folder)
     (folder / "frame5.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
-    with pytest.raises(ValueError, match="frame5.png"):
+    with pytest.raises(ValueError, match=r"frame5\.png"):
         video.read(folder)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no pictures"):
@@ -468,4 +469,4 @@ def test_real_frames_survive_exactly(real_data, tmp_path):
     for name in ("a.mp4", "a.mkv", "folder"):
         video.write(tmp_path / name, clip.frames, lossless=True)
         assert torch.equal(video.read(tmp_path / name).frames, clip.frames)
-    assert reading.FOLDER_RATE == clip.rate
+    assert clip.rate == reading.FOLDER_RATE

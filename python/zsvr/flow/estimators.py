@@ -112,8 +112,7 @@ class RAFT:
         results = []
         for first, second in ((x[:-1], x[1:]), (x[1:], x[:-1])):
             pairs = [
-                self._network(first[n : n + 1], second[n : n + 1], num_flow_updates=12)[-1]
-                for n in range(len(first))
+                self._network(first[n : n + 1], second[n : n + 1], num_flow_updates=12)[-1] for n in range(len(first))
             ]
             results.append(torch.cat(pairs)[..., :H, :W].to(u.device) if pairs else u.new_zeros(0, 2, H, W))
         return results[0], results[1]
@@ -160,7 +159,9 @@ class Given:
                 raise ValueError(f"{self._folder}: {direction} flows differ in size")
             results.append(torch.stack(flows).to(u.device) if flows else u.new_zeros(0, 2, *u.shape[-2:]))
         if results[0].shape != results[1].shape:
-            raise ValueError(f"{self._folder}: forward flows are {tuple(results[0].shape)}, backward {tuple(results[1].shape)}")
+            raise ValueError(
+                f"{self._folder}: forward flows are {tuple(results[0].shape)}, backward {tuple(results[1].shape)}"
+            )
         return results[0], results[1]
 
 
@@ -176,7 +177,7 @@ def estimator(name: str, *, path: Path | None = None, device: torch.device | str
         return RAFT(path, device)
     if name == "given" and path is not None:
         return Given(path)
-    simple = {"dis": DIS, "zero": Zero}
+    simple: dict[str, type[DIS] | type[Zero]] = {"dis": DIS, "zero": Zero}
     if name not in simple:
         raise ValueError(f"unknown flow estimator {name!r}: expected dis, raft_large, zero or given")
     return simple[name]()

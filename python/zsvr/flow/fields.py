@@ -50,7 +50,7 @@ class FlowOptions:
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
                 raise ValueError(f"{name} must be finite and at least 0, got {value}")
-        if not 0 < self.cut_threshold <= 1 or not 0 < self.cut_difference:
+        if not 0 < self.cut_threshold <= 1 or not self.cut_difference > 0:
             raise ValueError(
                 "cut_threshold must be within 0..1 and cut_difference above 0, got "
                 f"{self.cut_threshold} and {self.cut_difference}"
@@ -210,13 +210,13 @@ def estimate(u: Tensor, estimator: Estimator, options: FlowOptions | None = None
                 options.motion_boundary,
             )[0, 0]  # fmt: skip
             differs = (warp(grey[there][None, None], flow)[0, 0] - grey[here]).abs() > options.cut_difference
-            usual = occ[way][n] if options == FlowOptions() else occlusion(flow[None], opposite[None], "U", *CHECKS["U"])
+            usual = (
+                occ[way][n] if options == FlowOptions() else occlusion(flow[None], opposite[None], "U", *CHECKS["U"])
+            )
             shares.append(float((usual | differs).float().mean()))
         failed[n] = min(shares)
     forward, backward = (resize_flow(flow, canvas) for flow in raw)
     occ_forward, occ_backward = (_resize_mask(mask, canvas) for mask in occ)
     pairs = (failed > options.cut_threshold).to(u.device)
-    whole = Flow(
-        forward, backward, occ_forward, occ_backward, failed.to(u.device), torch.zeros_like(pairs)
-    )
+    whole = Flow(forward, backward, occ_forward, occ_backward, failed.to(u.device), torch.zeros_like(pairs))
     return cut(whole, pairs)

@@ -133,6 +133,7 @@ class _Source:
         import av
 
         self.path = path
+        self.container: Any
         size = path.stat().st_size
         self._file = open(path, "rb")  # noqa: SIM115
         try:
@@ -375,12 +376,13 @@ def read(
     if needed is not None and needed > limit:
         fits = start + limit // (12 * info.width * info.height)
         raise MemoryError(
-            f"{info.path}: frames {start} to {info.frames if stop is None else stop} of {info.width}x{info.height} need "
-            f"{needed / 1e9:.2f} GB as float32, more than {limit / 1e9:.2f} GB: read a range (stop={fits} fits)"
+            f"{info.path}: frames {start} to {info.frames if stop is None else stop} of {info.width}x{info.height} "
+            f"need {needed / 1e9:.2f} GB as float32, more than {limit / 1e9:.2f} GB: read a range (stop={fits} fits)"
         )
     expected = info.frames if stop is None else stop
     frames = torch.empty(max(1, (expected or 64) - start), 3, info.height, info.width)
-    times, end = [], None
+    times: list[float | None] = []
+    end = None
     for picture, time, end in decoding:  # noqa: B007
         if len(times) == len(frames):
             frames = torch.cat((frames, torch.empty_like(frames)))

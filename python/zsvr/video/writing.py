@@ -212,7 +212,7 @@ def _encode(
         height, width = height + height % 2, width + width % 2
     output = av.open(file, "w", format=container)
     try:
-        stream = output.add_stream(encoding.codec, rate=rate, options=encoding.options)
+        stream: Any = output.add_stream(encoding.codec, rate=rate, options=encoding.options)
         stream.height, stream.width, stream.pix_fmt = height, width, encoding.pixels
         if encoding.codec == "libx265" and container in ("mp4", "mov"):
             stream.codec_context.codec_tag = "hvc1"
@@ -276,7 +276,7 @@ def _sound_packets(output: Any, sound: Sound, stack: contextlib.ExitStack, notes
     """Yield packets of the sound's range, shifted to start at 0, for streams added to ``output``."""
     import av
 
-    source = stack.enter_context(av.open(stack.enter_context(open(sound.path, "rb"))))
+    source = stack.enter_context(av.open(stack.enter_context(sound.path.open("rb"))))
     if not source.streams.audio:
         notes.append(f"{sound.path} has no sound to copy")
         return iter(())
