@@ -327,6 +327,17 @@ def _embed(encoder: Encoder, x: Tensor) -> Tensor:
     return torch.cat([encoder(x[n : n + 1]).double().cpu() for n in range(len(x))])
 
 
+def peak_memory_mb(device: torch.device | str = "cpu") -> float:
+    """Return the most memory this process has held on a device so far, in MB (2^20 bytes)."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    import resource
+    import sys
+
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
 def mean_over_videos(results: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Return the mean of each metric over videos, leaving out those where it is NaN."""
     table = {name: torch.tensor([float(r[name]) for r in results], dtype=torch.float64) for name in UNITS}

@@ -82,9 +82,12 @@ def test_clips_that_do_not_fit_are_refused():
 
 
 def test_quantizing_rounds_as_a_file_does(tmp_path):
-    output, _ = clips()
-    video.write(tmp_path / "a", output)
-    assert torch.equal(video.read(tmp_path / "a").frames, metrics.quantize(output))
+    halves = (torch.arange(255) + 0.5) / 255  # where rounding decides, and the numbers next to it
+    values = torch.cat((halves, *(torch.nextafter(halves, torch.tensor(x)) for x in (0.0, 1.0)), torch.rand(255)))
+    output = values.reshape(1, 1, 20, 51).expand(-1, 3, -1, -1)
+    for name in ("a", "a.mkv"):
+        video.write(tmp_path / name, output, lossless=True)
+        assert torch.equal(video.read(tmp_path / name).frames, metrics.quantize(output))
 
 
 # ---- warping error, by hand ----
@@ -332,6 +335,12 @@ def test_flow_comes_from_where_it_is_asked_to(monkeypatch):
     for bad in ({"flow_source": "output"}, {"ofme_norm": "l2"}, {"dynamic_px": -1}):
         with pytest.raises(ValueError, match="must be"):
             metrics.MetricOptions(**bad)
+
+
+def test_peak_memory_counts_what_was_held():
+    before = metrics.peak_memory_mb()
+    torch.ones(2**25 + int(before) * 2**18).sum()
+    assert metrics.peak_memory_mb() >= before + 100
 
 
 def test_the_table_shows_what_is_known_and_means_leave_out_what_is_not():

@@ -356,6 +356,25 @@ def test_a_truncated_file_says_what_can_be_read(tmp_path, suffix, share):
     assert torch.equal(video.read(cut, stop=readable).frames, clip[:readable])
 
 
+def test_a_long_last_frame_is_no_truncation(tmp_path):
+    clip = noise(4, (16, 16))
+    for suffix in (".mp4", ".mkv"):
+        with av.open(str(tmp_path / f"a{suffix}"), "w") as output:
+            stream = output.add_stream("libx264rgb", rate=24, options={"qp": "0", "bf": "0"})
+            stream.height, stream.width, stream.pix_fmt = 16, 16, "rgb24"
+            for frame in clip:
+                levels = (frame * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
+                output.mux(stream.encode(av.VideoFrame.from_ndarray(levels, format="rgb24")))
+            packets = stream.encode()
+            packets[-1].duration *= 48
+            output.mux(packets)
+        assert torch.equal(video.read(tmp_path / f"a{suffix}").frames, clip)
+    Image = pytest.importorskip("PIL.Image")
+    pages = [Image.fromarray(np.full((16, 16, 3), 60 * n, np.uint8)) for n in range(4)]
+    pages[0].save(tmp_path / "a.gif", save_all=True, append_images=pages[1:], duration=[40, 40, 40, 3000], loop=0)
+    assert len(video.read(tmp_path / "a.gif").frames) == 4
+
+
 def test_an_mp4_without_its_index_says_so(tmp_path):
     video.write(tmp_path / "a.mp4", noise(8), lossless=True)
     data = (tmp_path / "a.mp4").read_bytes()

@@ -165,8 +165,11 @@ class Given:
         return results[0], results[1]
 
 
-def estimator(name: str, *, path: Path | None = None, device: torch.device | str = "cpu") -> Estimator:
+def estimator(name: str, *, path: Path | None = None, device: torch.device | str = "cpu", start: int = 0) -> Estimator:
     """Return an estimator by name: "dis", "zero", "raft_large" (path: weights) or "given" (path: folder of .flo).
+
+    Args:
+        start: number of the first frame, for "given".
 
     Raises:
         ValueError: unknown name, or no path where one is needed. Others: see the estimator.
@@ -176,7 +179,7 @@ def estimator(name: str, *, path: Path | None = None, device: torch.device | str
     if name == "raft_large" and path is not None:
         return RAFT(path, device)
     if name == "given" and path is not None:
-        return Given(path)
+        return Given(path, start)
     simple: dict[str, type[DIS] | type[Zero]] = {"dis": DIS, "zero": Zero}
     if name not in simple:
         raise ValueError(f"unknown flow estimator {name!r}: expected dis, raft_large, zero or given")

@@ -145,6 +145,5 @@ def alpha_is_used(frame: Any) -> bool:
 
 def to_integers(picture: np.ndarray, bits: int) -> np.ndarray:
     """Return float32 ``[3, H, W]`` as integers ``[H, W, 3]`` of ``bits``: ``floor(u (2^bits - 1) + 0.5)``, clipped."""
-    top = 2**bits - 1
-    levels = np.floor(np.clip(picture, 0, 1).astype(np.float64) * top + 0.5)
+    levels = np.floor(np.clip(picture, 0, 1).astype(np.float32) * np.float32(2**bits - 1) + np.float32(0.5))
     return np.ascontiguousarray(np.moveaxis(levels.astype(np.uint8 if bits <= 8 else np.uint16), 0, -1))

@@ -270,7 +270,7 @@ class _Decoding:
             for frame in source.decode():
                 if found == self.stop:
                     return
-                found, last = found + 1, frame.time
+                found, last = found + 1, frame
                 yield frame
             missing = self._missing(source, last)
             if self.stop is not None and found == self.stop:
@@ -290,17 +290,19 @@ class _Decoding:
         if ratio and ratio != 1:
             self.notes.append(f"pixels are not square ({ratio}) and are kept so")
 
-    def _missing(self, source: _Source, last: float | None) -> str | None:
+    def _missing(self, source: _Source, last: Any) -> str | None:
+        """Return what shows that the file is not whole, given its last decoded frame."""
         if source.fault:
             return source.fault
         if source.points_beyond_the_end():
             return "its index names bytes beyond its end"
-        seconds = source.duration()
-        if seconds is not None and last is not None and source.stream.start_time is not None:
-            begin = float(source.stream.start_time * source.stream.time_base)
-            if seconds - (last - begin) > 3.5 / source.rate:
-                return f"its last frame is at {last - begin:.2f} of {seconds:.2f} s"
-        return None
+        seconds, begin = source.duration(), source.stream.start_time
+        if source.stream.frames or seconds is None or begin is None or last is None or last.time is None:
+            return None
+        # Containers without a count of frames: how long the stream says it is.
+        shown = max(float(1 / source.rate), float((last.duration or 0) * (last.time_base or 0)))
+        end = last.time - float(begin * source.stream.time_base) + shown
+        return f"it ends at {end:.2f} of {seconds:.2f} s" if seconds - end > 2.5 / source.rate else None
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, float | None, float | None]]:
         """Yield pictures ``[3, H, W]``, float32, their time, and when they end."""

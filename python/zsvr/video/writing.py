@@ -16,7 +16,7 @@ from torch import Tensor
 
 from zsvr.files import Path, check_free, new_file, new_folder
 from zsvr.video import colour
-from zsvr.video.reading import Sound
+from zsvr.video.reading import DEMUXERS, Sound
 
 MILLION = 1_000_000
 
@@ -276,7 +276,8 @@ def _sound_packets(output: Any, sound: Sound, stack: contextlib.ExitStack, notes
     """Yield packets of the sound's range, shifted to start at 0, for streams added to ``output``."""
     import av
 
-    source = stack.enter_context(av.open(stack.enter_context(sound.path.open("rb"))))
+    file = stack.enter_context(sound.path.open("rb"))
+    source = stack.enter_context(av.open(file, options={"format_whitelist": DEMUXERS}))
     if not source.streams.audio:
         notes.append(f"{sound.path} has no sound to copy")
         return iter(())
