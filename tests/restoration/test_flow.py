@@ -95,6 +95,17 @@ def test_small_frames_and_unknown_names_are_refused():
         flows.estimate(torch.rand(3, 3, 32, 32), Fixed(*[torch.zeros(1, 2, 32, 32)] * 2))
 
 
+def test_a_strip_is_not_reduced_below_what_estimators_need():
+    fixed = Fixed(*[torch.zeros(1, 2, 16, 128)] * 2)
+    assert flows.estimate(torch.rand(2, 3, 20, 400), fixed, flows.FlowOptions(max_side=128)).forward.shape[3] == 400
+    assert fixed.seen[0].shape == (2, 3, 16, 128)
+    with pytest.raises(ValueError, match="max_side must be at least 16, got 8"):
+        flows.FlowOptions(max_side=8)
+    for bad in ({"check": "V"}, {"alpha": -1.0}, {"beta": math.nan}, {"cut_threshold": 0.0}, {"cut_difference": 0.0}):
+        with pytest.raises(ValueError, match="must be"):
+            flows.FlowOptions(**bad)
+
+
 def test_one_frame_has_no_flow():
     flow = flows.estimate(torch.rand(1, 3, 32, 40), flows.DIS())
     assert flow.frames == 1 and flow.forward.shape == (0, 2, 32, 40) and flow.cuts.shape == (0,)

@@ -7,6 +7,8 @@ import json
 import math
 import os
 import pathlib
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -169,3 +171,12 @@ def test_hashes_tell_names_types_shapes_and_bytes_apart(tmp_path):
     assert files.hash_file(tmp_path / "d" / "a") == "6b86b273ff34fce19d6b804eff5a3f5747ada4eaa22f1d49c01e52ddb7875b4b"
     (tmp_path / "d" / "a").rename(tmp_path / "d" / "b")
     assert files.hash_file(tmp_path / "d") != one
+
+
+def test_importing_needs_none_of_the_packages_that_are_used_inside():
+    script = (
+        "import sys, zsvr.degrading, zsvr.encoders, zsvr.metrics, zsvr.runs, zsvr.video\n"
+        "print(sorted({'av', 'cv2', 'diffusers', 'transformers', 'safetensors', 'PIL'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stdout + done.stderr

@@ -16,6 +16,8 @@ from zsvr.flow.estimators import Estimator, luma
 from zsvr_kernels.links import CHECKS, inside_pixels, occlusion, resize_flow
 from zsvr_kernels.sampling import warp
 
+SHORTEST = 16  # pixels
+
 
 @dataclass(frozen=True)
 class FlowOptions:
@@ -42,8 +44,8 @@ class FlowOptions:
     cut_difference: float = 0.25
 
     def __post_init__(self) -> None:
-        if self.max_side < 16:
-            raise ValueError(f"max_side must be at least 16, got {self.max_side}")
+        if self.max_side < SHORTEST:
+            raise ValueError(f"max_side must be at least {SHORTEST}, got {self.max_side}")
         if self.check not in CHECKS:
             raise ValueError(f"check must be one of {', '.join(CHECKS)}, got {self.check!r}")
         for name in ("alpha", "beta"):
@@ -150,11 +152,14 @@ def cut(flow: Flow, pairs: Tensor) -> Flow:
 
 
 def reduce(u: Tensor, max_side: int) -> Tensor:
-    """Return frames ``[T, 3, H, W]`` reduced so that the longest side is at most ``max_side``: antialiased bilinear."""
+    """Return frames ``[T, 3, H, W]`` reduced so that the longest side is at most ``max_side``: antialiased bilinear.
+
+    The shorter side is not reduced below `SHORTEST`, which estimators need.
+    """
     H, W = u.shape[-2:]
     if max(H, W) <= max_side:
         return u
-    size = [max(1, int(side * max_side / max(H, W) + 0.5)) for side in (H, W)]
+    size = [max(min(side, SHORTEST), int(side * max_side / max(H, W) + 0.5)) for side in (H, W)]
     return F.interpolate(u, size=size, mode="bilinear", antialias=True, align_corners=False)
 
 
