@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zsvr.flow import DIS, Estimator, Flow, FlowOptions, estimate
+from zsvr.flow import DIS, EstimationOptions, Estimator, Flow, estimate
 from zsvr.flow.estimators import luma as to_luma
 from zsvr_kernels.demo.metrics import occluded, psnr_frames, quantize, ssim_frames, warping_errors
 
@@ -211,7 +211,7 @@ def evaluate(
     *,
     options: MetricOptions | None = None,
     estimator: Estimator | None = None,
-    flow_options: FlowOptions | None = None,
+    flow_options: EstimationOptions | None = None,
     flow: Flow | None = None,
     preview: Tensor | None = None,
     encoder: Encoder | None = None,
@@ -246,7 +246,7 @@ def evaluate(
     """
     options = MetricOptions() if options is None else options
     estimator = DIS() if estimator is None else estimator
-    flow_options = FlowOptions() if flow_options is None else flow_options
+    flow_options = EstimationOptions() if flow_options is None else flow_options
     for other in (reference, preview):
         _check_clips(output, output if other is None else other)
     if options.quantize:
@@ -345,7 +345,10 @@ def mean_over_videos(results: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    """Return results by name of method or video as a text table; metrics that none of them has are left out."""
+    """Return results by name of method or video as a text table; metrics that none of them has are left out.
+
+    Below it stands whose flow the temporal metrics used, and from which estimator.
+    """
     names = [m for m in UNITS if any(not math.isnan(float(r.get(m, math.nan))) for r in results.values())]
     rows = [["", *(UNITS[m][0] for m in names)]]
     for label, result in results.items():
@@ -354,9 +357,14 @@ def table(results: dict[str, dict[str, Any]]) -> str:
             [label, *("-" if math.isnan(x) else UNITS[m][1].format(x) for m, x in zip(names, cells, strict=True))]
         )
     widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(w) if n == 0 else cell.rjust(w) for n, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
+    lines = []
+    for label, *texts in rows:
+        padded = [cell.rjust(width) for cell, width in zip(texts, widths[1:], strict=True)]
+        lines.append("  ".join([label.ljust(widths[0]), *padded]).rstrip())
+    flows = {_flow_text(result["flow"]) for result in results.values() if result.get("flow")}
+    return "\n".join([*lines, *(f"flow: {text}" for text in sorted(flows))])
+
+
+def _flow_text(flow: dict[str, Any]) -> str:
+    whose = {"gt": "the reference", "input": "the input's preview"}[flow["source"]]
+    return f"of {whose}, {flow['estimator']['name'] if 'estimator' in flow else 'given'}"

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from zsvr.files import Path, check_free, hash_json, new_file, to_json, write_text
-from zsvr.flow import Estimator, Flow, FlowOptions, cached
+from zsvr.flow import EstimationOptions, Estimator, Flow, cached
 from zsvr.video.reading import Frame, stream
 from zsvr.video.writing import picture_bytes
 from zsvr_kernels.version import __version__
@@ -68,16 +68,18 @@ def config(
     """
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed must be within 0..2^63-1, got {seed}")
-    whole = {
+    whole: dict[str, Any] = {
         "format": FORMAT,
         "options": dict(options),
         "inputs": dict(inputs),
         "weights": dict(weights),
         "seed": seed,
         "versions": versions(),
-        **(extra or {}),
     }
-    return json.loads(to_json(whole))
+    taken = sorted(whole.keys() & (extra or {}).keys())
+    if taken:
+        raise ValueError(f"extra must not name {', '.join(taken)}: these are recorded already")
+    return json.loads(to_json(whole | dict(extra or {})))
 
 
 def differences(old: Any, new: Any, name: str = "") -> list[str]:
@@ -153,7 +155,7 @@ class Run:
         """The run's name: SHA-256 of its configuration."""
         return hash_json(self.config)
 
-    def flow(self, u: Tensor, estimator: Estimator, options: FlowOptions | None = None) -> Flow:
+    def flow(self, u: Tensor, estimator: Estimator, options: EstimationOptions | None = None) -> Flow:
         """Return the flow of a clip, from the run's folder if it is there; see `zsvr.flow.cached`."""
         folder = self.path / FLOW
         folder.mkdir(exist_ok=True)

@@ -71,7 +71,7 @@ def test_dis_has_the_published_error_on_real_ground_truth(real_data, folder, fil
     clip = video.read(real_data / folder / "frames", first, first + 2).frames
     truth = flows.read_flo(real_data / folder / file)
     known = torch.isfinite(truth).all(0)
-    whole = flows.estimate(clip, flows.DIS(), flows.FlowOptions(max_side=4096))
+    whole = flows.estimate(clip, flows.DIS(), flows.EstimationOptions(max_side=4096))
     error = (whole.forward[0] - truth).norm(dim=0)
     assert float(error[known].mean()) == pytest.approx(published, abs=0.006)
     reliable = whole.between(0, 1)[1]
@@ -97,17 +97,25 @@ def test_small_frames_and_unknown_names_are_refused():
 
 def test_a_strip_is_not_reduced_below_what_estimators_need():
     fixed = Fixed(*[torch.zeros(1, 2, 16, 128)] * 2)
-    assert flows.estimate(torch.rand(2, 3, 20, 400), fixed, flows.FlowOptions(max_side=128)).forward.shape[3] == 400
+    assert (
+        flows.estimate(torch.rand(2, 3, 20, 400), fixed, flows.EstimationOptions(max_side=128)).forward.shape[3] == 400
+    )
     assert fixed.seen[0].shape == (2, 3, 16, 128)
     with pytest.raises(ValueError, match="max_side must be at least 16, got 8"):
-        flows.FlowOptions(max_side=8)
+        flows.EstimationOptions(max_side=8)
     for bad in ({"check": "V"}, {"alpha": -1.0}, {"beta": math.nan}, {"cut_threshold": 0.0}, {"cut_difference": 0.0}):
         with pytest.raises(ValueError, match="must be"):
-            flows.FlowOptions(**bad)
+            flows.EstimationOptions(**bad)
+
+
+def test_options_are_taken_from_settings_that_hold_more():
+    settings = types.SimpleNamespace(check="S", max_side=64, alpha=None, estimator="dis", resize="area")
+    assert flows.EstimationOptions.of(settings) == flows.EstimationOptions(check="S", max_side=64)
 
 
 def test_one_frame_has_no_flow():
     flow = flows.estimate(torch.rand(1, 3, 32, 40), flows.DIS())
+    assert flow.context().trajectories((8, 10)).positions.shape == (1, 1, 1, 80, 2)
     assert flow.frames == 1 and flow.forward.shape == (0, 2, 32, 40) and flow.cuts.shape == (0,)
 
 
@@ -211,7 +219,7 @@ def test_the_estimator_sees_reduced_frames_and_the_check_runs_there():
     forward, backward = constant(1, (48, 64), 1.0, 0.0), constant(1, (48, 64), -1.0, 0.0)
     backward[0, 0, 10, 21] = 5.0  # what pixel 20 of row 10 comes back with
     fixed = Fixed(forward, backward)
-    flow = flows.estimate(u, fixed, flows.FlowOptions(max_side=64, cut_threshold=1))
+    flow = flows.estimate(u, fixed, flows.EstimationOptions(max_side=64, cut_threshold=1))
     reduced = F.interpolate(u, (48, 64), mode="bilinear", antialias=True)
     assert torch.equal(fixed.seen[0], reduced)
     assert torch.allclose(flow.forward, constant(1, (96, 128), 2.0, 0.0))
@@ -224,7 +232,7 @@ def test_the_estimator_sees_reduced_frames_and_the_check_runs_there():
 def test_every_rule_is_that_of_the_kernels(options):
     forward, backward = torch.randn(2, 2, 24, 32), torch.randn(2, 2, 24, 32)
     flow = flows.estimate(
-        torch.rand(3, 3, 24, 32), Fixed(forward, backward), flows.FlowOptions(cut_threshold=1, **options)
+        torch.rand(3, 3, 24, 32), Fixed(forward, backward), flows.EstimationOptions(cut_threshold=1, **options)
     )
     ours = flow.links((24, 32))
     theirs = zk.Links.from_flow(forward[None], backward[None], grid=(24, 32), **options)
@@ -234,11 +242,13 @@ def test_every_rule_is_that_of_the_kernels(options):
 
 def test_masks_are_what_passes_the_check_and_stays_inside():
     flow = flows.estimate(torch.rand(2, 3, 16, 20), Fixed(constant(1, (16, 20), 3, 0), constant(1, (16, 20), -3, 0)),
-                          flows.FlowOptions(cut_threshold=1))  # fmt: skip
+                          flows.EstimationOptions(cut_threshold=1))  # fmt: skip
     field, mask = flow.between(0, 1)
     assert torch.equal(field, flow.forward[0])
     assert mask[:, :17].all() and not mask[:, 17:].any()
+    assert torch.equal(mask, flow.reliable_forward[0])
     field, mask = flow.between(1, 0)
+    assert torch.equal(mask, flow.reliable_backward[0])
     assert torch.equal(field, flow.backward[0]) and not mask[:, :3].any() and mask[:, 3:].all()
     for i, j in ((0, 0), (1, 2), (-1, 0), (0, 2)):
         with pytest.raises(ValueError, match="adjacent frames"):
@@ -272,7 +282,7 @@ def test_links_end_at_a_cut():
     clip = torch.cat((moving(3, (96, 128), (2, 0), 1), moving(3, (96, 128), (-1, 2), 11)))
     flow = flows.estimate(clip, flows.DIS())
     assert flow.cuts.tolist() == [False, False, True, False, False]
-    plain = flows.estimate(clip, flows.DIS(), flows.FlowOptions(cut_threshold=1))
+    plain = flows.estimate(clip, flows.DIS(), flows.EstimationOptions(cut_threshold=1))
     links, expected = flow.links((12, 16)), plain.links((12, 16)).cut(flow.cuts)
     for name in links.tensors():
         assert torch.equal(getattr(links, name), getattr(expected, name)), name
@@ -299,7 +309,7 @@ def test_cuts_are_found_between_real_clips_and_not_inside(real_data):
 
 @pytest.mark.parametrize("check", ["U", "S", "none"])
 def test_cuts_need_no_texture_and_its_lack_is_no_cut(check):
-    options = flows.FlowOptions(check=check)
+    options = flows.EstimationOptions(check=check)
     flat = torch.full((6, 3, 32, 32), 0.2)
     assert not flows.estimate(flat, flows.DIS(), options).cuts.any()
     flat[3:] = 0.7
@@ -330,7 +340,7 @@ def test_the_cache_returns_the_same_flow_and_notices_every_change(tmp_path, recw
     other = u.clone()
     other[1, 0, 5, 5] = torch.nextafter(other[1, 0, 5, 5], torch.tensor(2.0))
     flows.cached(tmp_path, other, estimator)
-    flows.cached(tmp_path, u, estimator, flows.FlowOptions(beta=0.4))
+    flows.cached(tmp_path, u, estimator, flows.EstimationOptions(beta=0.4))
     flows.cached(tmp_path, u, flows.Zero())
     assert estimator.calls == 3 and len(list(tmp_path.iterdir())) == 4
     assert len(recwarn) == 0

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from zsvr import encoders, metrics, video
-from zsvr.flow import DIS, Flow, FlowOptions, Zero, estimate
+from zsvr.flow import DIS, EstimationOptions, Flow, Zero, estimate
 from zsvr.temporal.semantic import MEAN, STD, open_clip_encoder
 
 
@@ -310,7 +310,7 @@ def test_one_frame_has_no_temporal_metrics():
 def test_cuts_are_left_out_of_temporal_metrics():
     _, truth = clips(6, (48, 48))
     truth = torch.cat((truth[:1].expand(3, -1, -1, -1), 1 - truth[1:2].expand(3, -1, -1, -1)))
-    flow = estimate(truth, Zero(), FlowOptions(cut_threshold=0.1, cut_difference=0.05))
+    flow = estimate(truth, Zero(), EstimationOptions(cut_threshold=0.1, cut_difference=0.05))
     assert flow.cuts.tolist() == [False, False, True, False, False]
     result = metrics.evaluate(truth, truth, flow=flow, estimator=Zero(), encoder=mean_colour)
     assert result["we"] == 0 and result["fs"] == pytest.approx(1) and result["cuts"] == [2]
@@ -348,7 +348,12 @@ def test_the_table_shows_what_is_known_and_means_leave_out_what_is_not():
     a = metrics.evaluate(output, truth, estimator=Zero(), seconds_per_frame=1.5)
     b = metrics.evaluate(output[:1], truth[:1], estimator=Zero())
     text = metrics.table({"ours": a, "one frame": b}).splitlines()
-    assert len(text) == 3 and text[0].split()[:2] == ["PSNR", "dB"] and "FID" not in text[0]
+    assert (
+        len(text) == 4
+        and text[3] == "flow: of the reference, zero"
+        and text[0].split()[:2] == ["PSNR", "dB"]
+        and "FID" not in text[0]
+    )
     assert f"{a['psnr']:.2f}" in text[1] and "1.50" in text[1] and " -" in text[2]
     means = metrics.mean_over_videos([a, b])
     assert means["psnr"] == pytest.approx((a["psnr"] + b["psnr"]) / 2) and means["we"] == pytest.approx(a["we"])

@@ -123,6 +123,8 @@ def test_values_that_json_does_not_know_are_refused():
         settings(device=torch.device("cpu"))
     with pytest.raises(ValueError):
         settings(margin=math.nan)
+    with pytest.raises(ValueError, match="must not name seed"):
+        runs.config({}, inputs={}, weights={}, seed=0, extra={"seed": 1})
     with pytest.raises(ValueError, match="seed must be within"):
         runs.config({}, inputs={}, weights={}, seed=-1)
 

@@ -2,15 +2,15 @@
 
 from zsvr.flow.cache import cached, identify, load, save
 from zsvr.flow.estimators import DIS, RAFT, Estimator, Given, Zero, estimator
-from zsvr.flow.fields import Flow, FlowOptions, estimate
+from zsvr.flow.fields import EstimationOptions, Flow, estimate
 from zsvr.flow.flo import read_flo, write_flo, write_flow
 
 __all__ = [
     "DIS",
     "RAFT",
+    "EstimationOptions",
     "Estimator",
     "Flow",
-    "FlowOptions",
     "Given",
     "Zero",
     "cached",

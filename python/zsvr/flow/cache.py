@@ -12,12 +12,12 @@ from torch import Tensor
 
 from zsvr.files import Path, hash_json, hash_tensors, new_file, to_json
 from zsvr.flow.estimators import Estimator
-from zsvr.flow.fields import Flow, FlowOptions, estimate
+from zsvr.flow.fields import EstimationOptions, Flow, estimate
 
 FORMAT = "zsvr.Flow 1"
 
 
-def identify(u: Tensor, estimator: Estimator, options: FlowOptions) -> dict[str, Any]:
+def identify(u: Tensor, estimator: Estimator, options: EstimationOptions) -> dict[str, Any]:
     """Return what determines a clip's flow, as values for JSON: hash of the frames, estimator, options."""
     return {"frames": hash_tensors({"u": u}), "estimator": estimator.describe(), "options": asdict(options)}
 
@@ -55,12 +55,12 @@ def load(path: Path) -> tuple[Flow, dict[str, Any]]:
         raise ValueError(f"{path} is no file of saved flow, or it is damaged: {error}") from error
 
 
-def cached(folder: Path, u: Tensor, estimator: Estimator, options: FlowOptions | None = None) -> Flow:
+def cached(folder: Path, u: Tensor, estimator: Estimator, options: EstimationOptions | None = None) -> Flow:
     """Return the flow of a clip from ``folder``, or estimate it and keep it there.
 
     A file that is damaged is estimated anew, with a warning. Arguments as in `zsvr.flow.estimate`.
     """
-    options = FlowOptions() if options is None else options
+    options = EstimationOptions() if options is None else options
     identity = identify(u, estimator, options)
     path = pathlib.Path(folder) / f"{hash_json(identity)[:32]}.safetensors"
     if path.is_file():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ SHORTEST = 16  # pixels
 
 
 @dataclass(frozen=True)
-class FlowOptions:
+class EstimationOptions:
     """How flow is estimated and checked.
 
     Attributes:
@@ -58,6 +58,12 @@ class FlowOptions:
                 f"{self.cut_threshold} and {self.cut_difference}"
             )
 
+    @classmethod
+    def of(cls, settings: Any) -> EstimationOptions:
+        """Return these options as they stand in ``settings``, such as `zsvr.temporal.FlowOptions`; others: defaults."""
+        names = [f.name for f in fields(cls) if hasattr(settings, f.name)]
+        return cls(**{name: getattr(settings, name) for name in names})
+
     def bounds(self) -> tuple[float, float]:
         """Return alpha and beta with the check's defaults filled in."""
         alpha, beta = CHECKS[self.check]
@@ -92,14 +98,22 @@ class Flow:
         """Return the tensors by name."""
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
+    @property
+    def reliable_forward(self) -> Tensor:
+        """Bool ``[T-1, Hc, Wc]``: the check holds and the flow stays on the canvas."""
+        return ~self.occ_forward & inside_pixels(self.forward)
+
+    @property
+    def reliable_backward(self) -> Tensor:
+        """Bool ``[T-1, Hc, Wc]``, likewise."""
+        return ~self.occ_backward & inside_pixels(self.backward)
+
     def to(self, device: torch.device | str) -> Flow:
         """Return the flow on another device."""
         return Flow(**{name: x.to(device) for name, x in self.tensors().items()})
 
     def between(self, i: int, j: int) -> tuple[Tensor, Tensor]:
-        """Return the flow ``[2, Hc, Wc]`` on frame i's grid into the adjacent frame j, and its mask (true: reliable).
-
-        The mask is true where the check holds and the flow stays on the canvas.
+        """Return the flow ``[2, Hc, Wc]`` on frame i's grid into the adjacent frame j, and where it is reliable.
 
         Raises:
             ValueError: the frames are not adjacent, or there are no such frames.
@@ -173,13 +187,13 @@ def _resize_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 @torch.no_grad()
-def estimate(u: Tensor, estimator: Estimator, options: FlowOptions | None = None) -> Flow:
+def estimate(u: Tensor, estimator: Estimator, options: EstimationOptions | None = None) -> Flow:
     """Estimate and check the flow of one clip.
 
     Args:
         u: floating ``[T, 3, Hc, Wc]`` in [0, 1].
         estimator: see `estimator`.
-        options: see `FlowOptions`.
+        options: see `EstimationOptions`.
 
     Returns:
         The flow on the canvas ``Hc x Wc``: resized bilinearly, displacements scaled; the check's result by nearest.
@@ -188,7 +202,7 @@ def estimate(u: Tensor, estimator: Estimator, options: FlowOptions | None = None
     Raises:
         ValueError: frames or an estimator's result that do not fit.
     """
-    options = FlowOptions() if options is None else options
+    options = EstimationOptions() if options is None else options
     if u.dim() != 4 or u.shape[1] != 3 or not u.is_floating_point() or len(u) < 1:
         raise ValueError(f"frames must be floating [T, 3, H, W], got {tuple(u.shape)} of {u.dtype}")
     small = reduce(u, options.max_side)
@@ -216,7 +230,9 @@ def estimate(u: Tensor, estimator: Estimator, options: FlowOptions | None = None
             )[0, 0]  # fmt: skip
             differs = (warp(grey[there][None, None], flow)[0, 0] - grey[here]).abs() > options.cut_difference
             usual = (
-                occ[way][n] if options == FlowOptions() else occlusion(flow[None], opposite[None], "U", *CHECKS["U"])
+                occ[way][n]
+                if options == EstimationOptions()
+                else occlusion(flow[None], opposite[None], "U", *CHECKS["U"])
             )
             shares.append(float((usual | differs).float().mean()))
         failed[n] = min(shares)
