@@ -187,8 +187,10 @@ def test_static_mask_shares_where_nothing_moves():
     flow[..., 5:] = 3.0
     occluded = torch.zeros(T - 1, *SHAPE[1:], dtype=torch.bool)
     occluded[1, 0, 0] = True
+    forward = flow.clone()
+    forward[:, :, 3] = 3.0  # of which only the first frame, which has none before it, takes notice
     given = {
-        "flow_forward": flow,
+        "flow_forward": forward,
         "flow_backward": flow,
         "occ_forward": torch.zeros_like(occluded),
         "occ_backward": occluded,
@@ -198,6 +200,8 @@ def test_static_mask_shares_where_nothing_moves():
     for i, field in enumerate(fields):
         own = noise.normal(2, "step", SHAPE, step=3, frame=i)
         expected = torch.where(torch.arange(SHAPE[2]) < 5, shared, own)
+        if i == 0:
+            expected[:, 3] = own[:, 3]
         if i == 2:  # frame 2 looks back to frame 1, where its corner is occluded
             expected[:, 0, 0] = own[:, 0, 0]
         assert torch.equal(field, expected)

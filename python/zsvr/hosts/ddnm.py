@@ -98,8 +98,8 @@ class DDNMPlus(Host):
 
     def _spectral(self, step: Step, correction: Tensor, spectrum: Spectral) -> tuple[Tensor, Tensor]:
         """Return the weighted correction of x0, and the noise of the next state."""
-        values = spectrum.values((correction.shape[-2], correction.shape[-1])).to(correction.device, torch.float64)
-        lam, d1, d2 = (t.to(correction.dtype) for t in weights(values, *self._levels(step)))
+        values = spectrum.values((correction.shape[-2], correction.shape[-1])).double()
+        lam, d1, d2 = (t.to(correction) for t in weights(values, *self._levels(step)))
         noise = spectrum.synthesize(d1 * spectrum.analyze(step.z) + d2 * spectrum.analyze(step.eps))
         correction = spectrum.synthesize(lam * spectrum.analyze(correction))
         return correction.to(step.x.dtype), noise.to(step.x.dtype)

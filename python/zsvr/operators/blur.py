@@ -16,7 +16,16 @@ from torch import Tensor
 from zsvr.operators import kernels
 from zsvr.operators.base import Operator, Spectral
 from zsvr.operators.pixelwise import check_canvas
-from zsvr.operators.separable import Separable, convolution, mirrored, reciprocal, truncated
+from zsvr.operators.separable import (
+    Separable,
+    apply,
+    convolution,
+    cosine_factors,
+    cosines,
+    mirrored,
+    reciprocal,
+    truncated,
+)
 from zsvr.operators.solving import conjugate_gradients
 
 Kernel = str | Tensor | tuple[Tensor, Tensor]
@@ -69,7 +78,12 @@ class SeparableBlur(_Blur):
         super().__init__(svd_tol, pinv, cg_iters)
         self.kernel = kernels.as_separable(kernel)  # vertical, horizontal; float64 [taps]
         self.rho = _bound(self.kernel[0]) * _bound(self.kernel[1])
-        self._map = Separable(lambda n, vertical: convolution(self.kernel[0 if vertical else 1], n), svd_tol)
+        symmetric = all(torch.equal(k, k.flip(0)) for k in self.kernel)
+        self._map = Separable(
+            lambda n, vertical: convolution(self.kernel[0 if vertical else 1], n),
+            svd_tol,
+            (lambda n, vertical: cosine_factors(self.kernel[0 if vertical else 1], n)) if symmetric else None,
+        )
 
     def A(self, x: Tensor) -> Tensor:
         return self._map.forward(x)
@@ -96,10 +110,12 @@ class FourierBlur(_Blur):
             ``size // 2``.
         svd_tol: frequencies whose gain is below it are dropped from the pseudo-inverse.
         pinv: ``"closed"``; ``"cg"``: conjugate gradients on all of A; ``"wiener"``: a regularized inverse,
-            ``conj(h) / (|h|^2 + sigma_y^2 / 0.25)``, which is no pseudo-inverse and needs ``noise_std``.
+            ``conj(h) / (|h|^2 + sigma_y^2 / 0.25)``, which is no pseudo-inverse and needs ``noise_std``. None:
+            ``"closed"`` where there is one, else ``"cg"``.
         cg_iters: iterations of ``"cg"``.
         fft_pad: ``"none"``: periodic borders; ``"reflect"``: frames are extended by half the kernel, half-sample
-            symmetric, and the result is cropped. Then the closed inverse is an approximation near the borders.
+            symmetric, and the result is cropped. Then only kernels that are symmetric along each axis have a closed
+            inverse (cosine transforms diagonalize A).
         noise_std: standard deviation of the measurement's noise in [0, 1] units, for ``"wiener"``.
     """
 
@@ -111,22 +127,28 @@ class FourierBlur(_Blur):
         kernel: Kernel = "gaussian",
         *,
         svd_tol: float = 3e-2,
-        pinv: str = "closed",
+        pinv: str | None = None,
         cg_iters: int = 50,
         fft_pad: str = "none",
         noise_std: float | None = None,
     ) -> None:
-        super().__init__(svd_tol, pinv, cg_iters)
         if fft_pad not in ("none", "reflect"):
             raise ValueError(f"operator.fft_pad must be none or reflect, got {fft_pad!r}")
+        self.kernel = kernels.as_image(kernel)  # float64 [rows, columns]
+        diagonal = fft_pad == "none" or _is_symmetric(self.kernel)
+        super().__init__(svd_tol, pinv or ("closed" if diagonal else "cg"), cg_iters)
         if (pinv == "wiener") != (noise_std is not None and noise_std > 0):
             raise ValueError(f"noise_std (above 0) and pinv='wiener' belong together, got {noise_std!r}, {pinv!r}")
-        self.kernel = kernels.as_image(kernel)  # float64 [rows, columns]
+        if not diagonal and self.inverse != "cg":
+            raise ValueError(
+                f"operator.pinv={pinv!r} with fft_pad='reflect' needs a kernel that is symmetric along each axis; "
+                "pinv='cg' takes any"
+            )
         self.fft_pad, self.noise_std = fft_pad, noise_std
-        self.rho = float(self.kernel.abs().sum()) ** 2
-        if fft_pad == "reflect":  # extending repeats a pixel up to 4 times, 2 along each axis
-            self.rho *= _borders(self.kernel)
-        self._spectrum = FourierSpectrum(self.transfer, svd_tol)
+        # Extending repeats border pixels, along each axis at most once where the kernel is smaller than the frame.
+        self.rho = float(self.kernel.abs().sum()) ** 2 * (1 if diagonal else 4)
+        spectrum = FourierSpectrum if fft_pad == "none" else CosineSpectrum
+        self._spectrum = spectrum(self.transfer, svd_tol)
         self._gains = functools.lru_cache(maxsize=8)(self._make_gains)
 
     def transfer(self, H: int, W: int) -> Tensor:
@@ -188,12 +210,13 @@ class FourierBlur(_Blur):
     def _closed(self, y: Tensor) -> Tensor:
         if self.fft_pad == "none":
             return self._filter(y, "inverse")
-        return self._crop(self._filter(self._extend(y), "inverse"))
+        H, W = y.shape[-2:]
+        twice = torch.cat((y, y.flip(-2)), -2)  # symmetric, therefore periodic without a seam
+        return self._filter(torch.cat((twice, twice.flip(-1)), -1), "inverse")[..., :H, :W]
 
-    def spectrum(self) -> FourierSpectrum | None:
+    def spectrum(self) -> Spectral | None:
         """Return the gains of frequencies, where `pinv` is their truncated inverse."""
-        diagonal = self.fft_pad == "none" and self.inverse == "closed"
-        return self._spectrum if diagonal else None
+        return self._spectrum if self.inverse == "closed" else None
 
     def describe(self) -> dict[str, Any]:
         known = {"name": self.name, "kernel": self.kernel, **self._arguments(), "fft_pad": self.fft_pad}
@@ -201,7 +224,12 @@ class FourierBlur(_Blur):
 
 
 class FourierSpectrum(Spectral):
-    """Singular values are gains of frequencies; components are those of the unitary Fourier transform, complex."""
+    """Singular values are gains of frequencies; components are those of the unitary Fourier transform, complex.
+
+    Args:
+        transfer: returns the transfer function for a height and a width.
+        tolerance: gains below it count as 0.
+    """
 
     def __init__(self, transfer: Callable[[int, int], Tensor], tolerance: float) -> None:
         self._values = functools.lru_cache(maxsize=4)(lambda H, W: truncated(transfer(H, W).abs(), tolerance).float())
@@ -216,6 +244,31 @@ class FourierSpectrum(Spectral):
         return torch.fft.ifft2(c, norm="ortho").real
 
 
+class CosineSpectrum(Spectral):
+    """As `FourierSpectrum` for symmetric borders: gains at half frequencies, and orthonormal cosine transforms."""
+
+    def __init__(self, transfer: Callable[[int, int], Tensor], tolerance: float) -> None:
+        self._values = functools.lru_cache(maxsize=4)(
+            lambda H, W: truncated(transfer(2 * H, 2 * W)[:H, :W].abs(), tolerance).float()
+        )
+        self._cosines = functools.lru_cache(maxsize=8)(lambda n, dtype, device: cosines(n).to(device, dtype))
+
+    def values(self, canvas: tuple[int, int]) -> Tensor:
+        return self._values(*canvas)
+
+    def _pair(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        H, W = x.shape[-2:]
+        return self._cosines(H, x.dtype, x.device), self._cosines(W, x.dtype, x.device)
+
+    def analyze(self, x: Tensor) -> Tensor:
+        v, h = self._pair(x)
+        return apply(v, x, h)
+
+    def synthesize(self, c: Tensor) -> Tensor:
+        v, h = self._pair(c)
+        return apply(v.mT, c, h.mT)
+
+
 def _reflected(n: int, margin: int, x: Tensor) -> Tensor:
     """Return the indices that extend an axis of n by a margin on both sides, half-sample symmetric."""
     return mirrored(torch.arange(-margin, n + margin, device=x.device), n)
@@ -227,8 +280,7 @@ def _bound(kernel: Tensor) -> float:
     return float(size.sum(0).max() * size.sum(1).max())
 
 
-def _borders(kernel: Tensor) -> float:
-    """Return a factor by which extension can raise ``|A|^2``: none for a kernel symmetric in each axis."""
-    symmetric = torch.equal(kernel, kernel.flip(0)) and torch.equal(kernel, kernel.flip(1))
-    odd = kernel.shape[0] % 2 and kernel.shape[1] % 2
-    return 1.0 if symmetric and odd else 4.0
+def _is_symmetric(kernel: Tensor) -> bool:
+    """Return whether a kernel ``[rows, columns]`` is odd and the same when flipped along either axis."""
+    odd = kernel.shape[0] % 2 == 1 and kernel.shape[1] % 2 == 1
+    return odd and torch.equal(kernel, kernel.flip(0)) and torch.equal(kernel, kernel.flip(1))

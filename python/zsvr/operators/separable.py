@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,29 +13,16 @@ from zsvr.operators.base import Spectral
 from zsvr_kernels import backends
 
 
-@dataclass(frozen=True)
-class Axis:
-    """One axis of a separable map and its singular value decomposition.
+class Factors(NamedTuple):
+    """The singular value decomposition of one axis's matrix ``[m, n]``, m <= n.
 
     Attributes:
-        matrix: ``[m, n]``, m <= n.
         left: ``[m, m]``. values: ``[m]``. right: ``[n, n]``, all of V, so that the null space has components too.
     """
 
-    matrix: Tensor
     left: Tensor
     values: Tensor
     right: Tensor
-
-    @classmethod
-    def of(cls, matrix: Tensor) -> Axis:
-        """Decompose a float64 matrix ``[m, n]``, m <= n."""
-        left, values, rightT = torch.linalg.svd(matrix, full_matrices=True)
-        return cls(matrix, left, values, rightT.mT.contiguous())
-
-    def to(self, dtype: torch.dtype, device: torch.device) -> Axis:
-        """Return the axis in another dtype, on another device."""
-        return Axis(*(t.to(device, dtype) for t in (self.matrix, self.left, self.values, self.right)))
 
 
 class Separable(Spectral):
@@ -44,19 +31,33 @@ class Separable(Spectral):
     Args:
         matrix: returns the float64 matrix of an axis of n pixels; arguments n and whether the axis is vertical.
         tolerance: products of singular values below it count as 0, in `inverse` and in the spectrum.
+        factors: returns the matrix's decomposition, where one is known; None: it is computed.
     """
 
-    def __init__(self, matrix: Callable[[int, bool], Tensor], tolerance: float = 0.0) -> None:
+    def __init__(
+        self,
+        matrix: Callable[[int, bool], Tensor],
+        tolerance: float = 0.0,
+        factors: Callable[[int, bool], Factors] | None = None,
+    ) -> None:
         self._tolerance = tolerance
-        self._exact = functools.lru_cache(maxsize=4)(lambda n, vertical: Axis.of(matrix(n, vertical)))
-        self._axis = functools.lru_cache(maxsize=8)(
-            lambda n, vertical, dtype, device: self._exact(n, vertical).to(dtype, device)
+        decompose = factors or (lambda n, vertical: _decompose(matrix(n, vertical)))
+        self._matrix = functools.lru_cache(maxsize=8)(
+            lambda n, vertical, dtype, device: matrix(n, vertical).to(device, dtype)
+        )
+        self._exact = functools.lru_cache(maxsize=4)(decompose)
+        self._factors = functools.lru_cache(maxsize=8)(
+            lambda n, vertical, dtype, device: Factors(*(t.to(device, dtype) for t in self._exact(n, vertical)))
         )
         self._kept = functools.lru_cache(maxsize=4)(self._keep)
 
-    def _axes(self, canvas: tuple[int, int], like: Tensor) -> tuple[Axis, Axis]:
+    def _matrices(self, canvas: tuple[int, int], like: Tensor) -> tuple[Tensor, Tensor]:
         H, W = canvas
-        return self._axis(H, True, like.dtype, like.device), self._axis(W, False, like.dtype, like.device)
+        return self._matrix(H, True, like.dtype, like.device), self._matrix(W, False, like.dtype, like.device)
+
+    def _axes(self, canvas: tuple[int, int], like: Tensor) -> tuple[Factors, Factors]:
+        H, W = canvas
+        return self._factors(H, True, like.dtype, like.device), self._factors(W, False, like.dtype, like.device)
 
     def _keep(self, canvas: tuple[int, int]) -> Tensor:
         """Return the singular values of the measured components, float64; those below the tolerance are 0."""
@@ -65,13 +66,13 @@ class Separable(Spectral):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``R_v x R_h^T`` for ``x [..., C, H, W]``."""
-        v, h = self._axes((x.shape[-2], x.shape[-1]), x)
-        return apply(v.matrix, x, h.matrix)
+        v, h = self._matrices((x.shape[-2], x.shape[-1]), x)
+        return apply(v, x, h)
 
     def adjoint(self, y: Tensor, canvas: tuple[int, int]) -> Tensor:
         """Return ``R_v^T y R_h``, of the canvas's size."""
-        v, h = self._axes(canvas, y)
-        return apply(v.matrix.mT, y, h.matrix.mT)
+        v, h = self._matrices(canvas, y)
+        return apply(v.mT, y, h.mT)
 
     def inverse(self, y: Tensor, canvas: tuple[int, int]) -> Tensor:
         """Return the pseudo-inverse of the truncated map, of the canvas's size."""
@@ -90,6 +91,11 @@ class Separable(Spectral):
     def synthesize(self, c: Tensor) -> Tensor:
         v, h = self._axes((c.shape[-2], c.shape[-1]), c)
         return apply(v.right, c, h.right)
+
+
+def _decompose(matrix: Tensor) -> Factors:
+    left, values, transposed = torch.linalg.svd(matrix, full_matrices=True)
+    return Factors(left, values, transposed.mT.contiguous())
 
 
 def apply(rows: Tensor, x: Tensor, columns: Tensor) -> Tensor:
@@ -118,6 +124,23 @@ def convolution(kernel: Tensor, n: int) -> Tensor:
     taps = len(kernel)
     offset = torch.arange(taps) - taps // 2
     return folded(torch.arange(n)[:, None] - offset, kernel.expand(n, taps), n)
+
+
+def cosines(n: int) -> Tensor:
+    """Return the orthonormal cosine transform of length n (DCT-II), float64 ``[n, n]``, frequencies by rows."""
+    at = torch.arange(n, dtype=torch.float64)
+    table = torch.cos(at[:, None] * (at + 0.5) * (torch.pi / n)) * (2 / n) ** 0.5
+    table[0] *= 0.5**0.5
+    return table
+
+
+def cosine_factors(kernel: Tensor, n: int) -> Factors:
+    """Return the decomposition of `convolution` with a symmetric kernel: the cosine transform diagonalizes it."""
+    offset = torch.arange(len(kernel), dtype=torch.float64) - len(kernel) // 2
+    frequency = torch.arange(n, dtype=torch.float64)[:, None] * (torch.pi / n)
+    gain = (torch.cos(frequency * offset) * kernel).sum(1)  # [n], may be negative
+    right = cosines(n).mT.contiguous()
+    return Factors(torch.where(gain < 0, -right, right), gain.abs(), right)
 
 
 def truncated(values: Tensor, tolerance: float) -> Tensor:
