@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -182,6 +183,32 @@ def test_gains_scale_with_the_number_of_steps_up_to_their_cap():
     assert guidance.effective_gain(1, 50, detach_neighbor=True) == 0.25
 
 
+def test_real_frames_with_their_true_flow_average_their_noise(real_data):
+    """Two noisy frames that are pulled together along the measured flow lose up to half of the noise's energy."""
+    image = pytest.importorskip("PIL.Image")
+    folder = real_data / "gt_rubberwhale"
+    data = np.fromfile(folder / "flow10.flo", dtype="<f4")
+    width, height = data[1:3].view("<i4")
+    flow = torch.from_numpy(data[3:].reshape(height, width, 2).copy()).permute(2, 0, 1)[None]
+    known = (flow.abs() < 1e9).all(1)
+    flow = flow.masked_fill(~known[:, None], 0.0)
+    files = sorted((folder / "frames").iterdir())
+    names = [next(p for p in files if str(n) in p.stem) for n in (10, 11)]
+    clean = torch.stack([torch.from_numpy(np.array(image.open(p).convert("RGB"))).permute(2, 0, 1) for p in names])
+    clean = clean.float() / 127.5 - 1
+    box = (..., slice(100, 260), slice(200, 360))
+    clean, flow, known = clean[box], flow[box], known[box]
+    mask = known & inside_pixels(flow)
+    x = clean + 0.3 * torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
+    before = (x - clean)[0, :, mask[0]].square().mean()
+    fields = flow, flow, mask, torch.zeros_like(mask)
+    for _ in range(12):
+        x = x + consistency_shift(x, *fields, gain=1 / 8, neighbors=(1,))
+    after = (x - clean)[0, :, mask[0]].square().mean()
+    assert mask.float().mean() > 0.8
+    assert 0.3 < float(after / before) < 0.65
+
+
 # ---- the guidance of a window ----
 
 
@@ -331,6 +358,14 @@ def test_the_normalised_semantic_shift_has_the_distance_as_its_size():
     for _ in range(20):
         small = small + guided.shift(small, 0, 100)
     assert float(pair_distances(small, guided.encoder).sum()) < 0.9 * before
+
+
+def test_the_semantic_level_works_within_inference_mode():
+    x, guided = semantic_guide()
+    expected = guided.shift(x, 0, 100)
+    with torch.inference_mode():
+        x, guided = guide(guided.encoder, gain=0.0, clip="given")
+        assert torch.equal(guided.shift(x, 0, 100), expected)
 
 
 def test_semantic_pairs_that_are_not_adjacent_do_not_count():

@@ -306,7 +306,7 @@ def _build(layout: ADMLayout, head_dim: int | None, num_heads: int | None, size:
     if wrong:
         name = "num_heads" if head_dim is None else "head_dim"
         raise ValueError(f"{name} = {per_head} does not divide the {wrong[0]} channels of an attention")
-    model = UNet2DModel(**layout.unet_config(head_dim or GROUPS, size))
+    model: Any = UNet2DModel(**layout.unet_config(head_dim or GROUPS, size))
     if layout.base_channels != layout.channels[0]:  # UNet2DModel takes both for the same
         model.time_proj = Timesteps(layout.base_channels, flip_sin_to_cos=True, downscale_freq_shift=0)
         model.time_embedding = TimestepEmbedding(layout.base_channels, layout.time_channels)

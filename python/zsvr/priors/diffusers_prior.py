@@ -170,8 +170,10 @@ class LatentPrior(_DiffusersPrior):
         self.vae = vae
         self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.multiple = self.factor
-        latent = size if size is not None else _sides(config.sample_size)
-        self.size = _sides(latent) if size is not None else tuple(n * self.factor for n in latent)  # type: ignore
+        if size is None:
+            height, width = _sides(config.sample_size)
+            size = (height * self.factor, width * self.factor)
+        self.size = _sides(size)
         self.branches = condition.tokens.shape[0]
         self.guidance_scale = guidance_scale
         self.vae_frames = vae_frames
@@ -246,7 +248,7 @@ def alphas_bar(schedule: dict[str, Any]) -> Tensor:
         "trained_betas",
         "rescale_betas_zero_snr",
     )
-    scheduler = DDPMScheduler(**{name: schedule[name] for name in names if name in schedule})
+    scheduler: Any = DDPMScheduler(**{name: schedule[name] for name in names if name in schedule})
     return torch.cumprod(1 - scheduler.betas.double(), 0).clamp(min=SMALLEST_LEVEL)
 
 
@@ -316,10 +318,10 @@ def open_diffusers(
     vae_kind = _json(vae_folder / "config.json").get("_class_name")
     if vae_kind != "AutoencoderKL":
         raise ValueError(f"{vae_folder} holds a {vae_kind}, expected an AutoencoderKL")
-    condition = _condition(root, unet, index, prompt, negative_prompt, guidance_scale)
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
     latent = _load(UNet2DConditionModel, unet, dtype, device, loading)
+    condition = _condition(root, latent.config, index, prompt, negative_prompt, guidance_scale)
     vae = _load(AutoencoderKL, vae_folder, torch.float32, device, loading)
     facts |= {"kind": "diffusers latent", "prompt": prompt or "", "negative_prompt": negative_prompt}
     return LatentPrior(
@@ -337,15 +339,12 @@ def open_diffusers(
 
 def _condition(
     root: pathlib.Path,
-    unet: pathlib.Path,
+    config: Any,
     index: dict[str, Any],
     prompt: str | None,
     negative_prompt: str | None,
     guidance_scale: float,
 ) -> text.TextCondition:
-    from diffusers import UNet2DConditionModel
-
-    config, _ = UNet2DConditionModel.extract_init_dict(_json(unet / "config.json"))
     branches = 1 if guidance_scale == 1 else 2
     if (root / "text_encoder").is_dir() or (root / "text_encoder_2").is_dir():
         fills = bool(index.get("force_zeros_for_empty_prompt", True))

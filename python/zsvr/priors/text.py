@@ -74,9 +74,10 @@ def encode(
     is_xl = config.get("addition_embed_type") == "text_time"
     suffixes = [s for s in ("", "_2") if (root / f"text_encoder{s}").is_dir()]
     texts = [prompt] if branches == 1 else [negative_prompt or "", prompt]
-    tokens, pooled = [], None
+    tokens, pooled, remarks = [], None, []
     for suffix in suffixes:
-        hidden, projected = _encode_with(root, suffix, texts, is_xl)
+        hidden, projected, cut = _encode_with(root, suffix, texts, is_xl)
+        remarks += [remark for remark in cut if remark not in remarks]
         tokens.append(hidden)
         pooled = projected if projected is not None else pooled
     joined = torch.cat(tokens, -1)
@@ -84,33 +85,38 @@ def encode(
     if joined.shape[-1] != width:
         raise ValueError(f"the text encoders in {root} give width {joined.shape[-1]}, the U-Net takes {width}")
     if not is_xl:
-        return TextCondition(joined, None)
+        return TextCondition(joined, None, tuple(remarks))
     if pooled is None or pooled.shape[-1] != pooled_width(config):
         got = "none" if pooled is None else f"width {pooled.shape[-1]}"
         raise ValueError(f"the U-Net takes a pooled embedding of width {pooled_width(config)}, the encoders give {got}")
     if branches == 2 and negative_prompt is None and zeros_for_no_negative:
         joined[0], pooled[0] = 0.0, 0.0
-    return TextCondition(joined, pooled)
+    return TextCondition(joined, pooled, tuple(remarks))
 
 
-def _encode_with(root: pathlib.Path, suffix: str, texts: list[str], is_xl: bool) -> tuple[Tensor, Tensor | None]:
+def _encode_with(
+    root: pathlib.Path, suffix: str, texts: list[str], is_xl: bool
+) -> tuple[Tensor, Tensor | None, list[str]]:
+    """Return token embeddings, the pooled one, and remarks on what was cut off."""
     import transformers
 
-    folder, words = root / f"text_encoder{suffix}", root / f"tokenizer{suffix}"
-    if not words.is_dir():
-        raise FileNotFoundError(f"{folder} needs its tokenizer, {words}")
+    folder, vocabulary = root / f"text_encoder{suffix}", root / f"tokenizer{suffix}"
+    if not vocabulary.is_dir():
+        raise FileNotFoundError(f"{folder} needs its tokenizer, {vocabulary}")
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} has no config.json")
     name = (json.loads((folder / "config.json").read_text()).get("architectures") or ["CLIPTextModel"])[0]
     if name not in ENCODERS:
         raise ValueError(f"{folder} holds a {name}; text encoders that are supported: {', '.join(ENCODERS)}")
-    tokenizer = transformers.CLIPTokenizer.from_pretrained(str(words), local_files_only=True)
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(str(vocabulary), local_files_only=True)
     encoder = getattr(transformers, name).from_pretrained(str(folder), local_files_only=True, dtype=torch.float32)
     encoder.eval()
     length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
     batch = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     mask = batch.attention_mask if getattr(encoder.config, "use_attention_mask", False) else None
     out = encoder(batch.input_ids, attention_mask=mask, output_hidden_states=is_xl)
+    lengths = [len(tokenizer(words).input_ids) for words in texts]
+    cut = [f"a prompt of {n} tokens was cut off after {length}" for n in lengths if n > length]
     if not is_xl:
-        return out.last_hidden_state, None
-    return out.hidden_states[-2], getattr(out, "text_embeds", None)
+        return out.last_hidden_state, None, cut
+    return out.hidden_states[-2], getattr(out, "text_embeds", None), cut

@@ -57,7 +57,9 @@ def write(path: pathlib.Path, tensors: Mapping[str, Tensor], facts: Mapping[str,
     try:
         with partial.open("xb"):  # the library's own error for a folder that cannot be written to names no file
             pass
+        mode = partial.stat().st_mode
         safetensors.torch.save_file(whole, str(partial), metadata)
+        partial.chmod(mode)  # the library makes it readable for its owner alone
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

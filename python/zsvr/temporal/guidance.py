@@ -41,7 +41,7 @@ def transposed_warp(field: Tensor, displacement: Tensor) -> Tensor:
     Args:
         field: ``[N, C, Hc, Wc]``. displacement: ``[N, 2, Hc, Wc]`` (dx, dy) in pixels.
     """
-    N, C, Hc, Wc = field.shape
+    Hc, Wc = field.shape[2:]
     P = Hc * Wc
     where = sites((Hc, Wc), dtype=displacement.dtype, device=field.device) + displacement.flatten(2).mT
     x, y = where[..., 0].clamp(0, Wc - 1), where[..., 1].clamp(0, Hc - 1)
@@ -276,10 +276,10 @@ class ConsistencyGuidance:
             gain = effective_gain(options.gain, steps, detach_neighbor=options.detach_neighbor)
             total += consistency_shift(x0.detach(), *self._fields, gain=gain, **self._pixel_options())
         if semantic:
-            with torch.enable_grad():
-                leaf = x0.detach().requires_grad_(True)
+            with torch.inference_mode(False), torch.enable_grad():
+                leaf = x0.detach().clone().requires_grad_(True)
                 distances = self._distances(leaf)
-            (gradient,) = torch.autograd.grad(distances.sum(), leaf)
+                (gradient,) = torch.autograd.grad(distances.sum(), leaf)
             total += self._semantic(gradient, distances)
         return self._finish(total, held, variance)
 
@@ -322,7 +322,7 @@ class ConsistencyGuidance:
         frames = x0 if self.decode is None else self.decode(x0)
         embedded = self.encoder(((frames + 1) / 2).clamp(0, 1)).float()
         cosine = torch.nn.functional.cosine_similarity(embedded[:-1], embedded[1:], dim=-1)
-        return (1 - cosine).masked_fill(~self.adjacent, 0.0)
+        return (1 - cosine).masked_fill(~self.adjacent.clone(), 0.0)  # autograd keeps nothing of inference mode
 
     def _semantic(self, gradient: Tensor, distances: Tensor) -> Tensor:
         options = self.options

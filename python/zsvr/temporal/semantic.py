@@ -102,8 +102,8 @@ def open_clip_encoder(
     import transformers
 
     if kind == "clip":
-        both = transformers.CLIPConfig.from_pretrained(str(folder), local_files_only=True)
-        config = both.vision_config
+        both: Any = transformers.CLIPConfig.from_pretrained(str(folder), local_files_only=True)
+        config: Any = both.vision_config
         config.projection_dim = both.projection_dim
     else:
         config = transformers.CLIPVisionConfig.from_pretrained(str(folder), local_files_only=True)
