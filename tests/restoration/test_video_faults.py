@@ -33,10 +33,13 @@ def test_what_is_no_video_is_named(tmp_path):
         video.read(tmp_path / "tone.mp4")
 
 
-def test_playlists_that_lead_elsewhere_are_not_followed(tmp_path):
+def test_playlists_that_lead_elsewhere_are_not_followed(tmp_path, monkeypatch):
     video.write(tmp_path / "secret.mkv", noise(2, (16, 16)), lossless=True)
-    (tmp_path / "list.mp4").write_text(f"ffconcat version 1.0\nfile '{tmp_path}/secret.mkv'\n")
-    (tmp_path / "list.m3u8").write_text(f"#EXTM3U\n#EXTINF:1,\n{tmp_path}/secret.mkv\n#EXT-X-ENDLIST\n")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile secret.mkv\n")
+    (tmp_path / "list.m3u8").write_text("#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nsecret.mkv\n#EXT-X-ENDLIST\n")
+    with av.open("list.mp4") as followed:  # as FFmpeg alone would do
+        assert sum(1 for _ in followed.decode(video=0)) == 2
     for name in ("list.mp4", "list.m3u8"):
         with pytest.raises(ValueError, match="cannot be read as a video"):
             video.read(tmp_path / name)
@@ -81,6 +84,29 @@ def test_a_video_that_changes_its_size_is_refused_at_that_frame(tmp_path):
     with pytest.raises(ValueError, match="differ in size: frame 3 is 48x32, the first 32x32"):
         video.read(tmp_path / "c.ts")
     assert torch.equal(video.read(tmp_path / "c.ts", 0, 3).frames, first)
+
+
+def test_a_file_that_ends_between_two_frames_is_noticed(tmp_path):
+    clip = noise(12, (32, 32))
+    rgb(tmp_path / "a.mp4", clip, movflags="faststart")
+    with av.open(str(tmp_path / "a.mp4")) as source:
+        entry = source.streams.video[0].index_entries[7]
+        end = entry.pos + entry.size
+    (tmp_path / "b.mp4").write_bytes((tmp_path / "a.mp4").read_bytes()[:end])
+    with pytest.raises(video.TruncatedVideoError, match="8 frames can be read, 12 were declared"):
+        video.read(tmp_path / "b.mp4")
+    assert torch.equal(video.read(tmp_path / "b.mp4", 0, 8).frames, clip[:8])
+
+
+def test_a_duration_that_is_wrong_is_no_truncation_where_frames_are_counted(tmp_path):
+    clip = noise(4, (16, 16))
+    rgb(tmp_path / "a.mp4", clip)
+    data = bytearray((tmp_path / "a.mp4").read_bytes())
+    at = data.index(b"mdhd") + 20  # version and flags, two dates, time scale
+    duration = int.from_bytes(data[at : at + 4], "big")
+    data[at : at + 4] = (duration * 20).to_bytes(4, "big")
+    (tmp_path / "a.mp4").write_bytes(data)
+    assert torch.equal(video.read(tmp_path / "a.mp4").frames, clip)
 
 
 def test_a_long_last_frame_is_no_truncation(tmp_path):
