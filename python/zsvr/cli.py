@@ -271,7 +271,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _say(f"interrupted after {time.monotonic() - started:.0f} s; nothing was half-written")
         return INTERRUPTED
-    except (ValueError, TypeError, LookupError, OSError, ArithmeticError, MemoryError, RuntimeError, ImportError) as error:
+    except (
+        ValueError,
+        TypeError,
+        LookupError,
+        OSError,
+        ArithmeticError,
+        MemoryError,
+        RuntimeError,
+        ImportError,
+    ) as error:
         if options.debug:
             raise
         text = str(error) or type(error).__name__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import pathlib
 import time
@@ -12,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zsvr import degrading, flow as flows, hosts, operators, priors, runs, video
-from zsvr.files import hash_file, hash_tensors
+from zsvr import degrading, hosts, operators, priors, runs, video
+from zsvr import flow as flows
+from zsvr.files import hash_file, hash_json, hash_tensors
 from zsvr.flow import Flow
 from zsvr.operators.base import Operator, to_model, to_unit
 from zsvr.priors.base import Prior
@@ -227,7 +229,7 @@ def open_job(
         flow = _flow(settings, chosen, y, clean, flow_path, place, folder)
     if flow is not None and bool(flow.cuts.any()):
         parts = [0, *(flow.cuts.nonzero().flatten() + 1).tolist(), len(y)]
-        shots = [range(a, b) for a, b in zip(parts, parts[1:], strict=False)]
+        shots = [range(a, b) for a, b in itertools.pairwise(parts)]
         notes.append(f"{int(flow.cuts.sum())} cuts found; shots {describe_shots(shots)} are restored separately")
     guidance = settings.guidance
     encoder = None
@@ -286,9 +288,7 @@ def _flow(
     return _estimate(settings, seen, path, device, folder)
 
 
-def _estimate(
-    settings: Temporal, u: Tensor, path: Path | None, device: torch.device, folder: runs.Run | None
-) -> Flow:
+def _estimate(settings: Temporal, u: Tensor, path: Path | None, device: torch.device, folder: runs.Run | None) -> Flow:
     estimator = flows.estimator(settings.flow.estimator, path=path, device=device)
     if folder is not None:
         return folder.flow(u.float().cpu(), estimator, settings.flow)
@@ -298,7 +298,7 @@ def _estimate(
 def _hash(source: Path) -> str:
     path = pathlib.Path(source)
     if path.is_dir():
-        return hash_tensors({p.name: torch.frombuffer(bytearray(p.read_bytes()), dtype=torch.uint8) for p in video.pictures(path)})  # fmt: skip
+        return hash_json({picture.name: hash_file(picture) for picture in video.reading.pictures(path)})
     return hash_file(path)
 
 

@@ -98,7 +98,7 @@ def _gigabytes(count: float) -> str:
 
 
 def needed_bytes(job: Job) -> tuple[int, int]:
-    """Return the bytes that a run needs on its device beside the weights, and how many frames the free memory allows."""
+    """Return the bytes that a run needs beside the weights, and how many frames the free memory allows."""
     clip = job.restoration
     longest = max(len(shot) for shot in clip.shots)
     guides = clip.temporal.guidance is not None and clip.temporal.guidance.target == "x"
@@ -130,7 +130,7 @@ def plan(job: Job, clock: Callable[[], float] = time.perf_counter) -> Plan:
         ("shots", describe_shots(clip.shots)),
         ("operator", str(clip.operator)),
         ("prior", f"{type(clip.prior).__name__}, {_gigabytes(weights)} of weights on {clip.y.device}"),
-        ("host", f"{clip.host.name}: {len(clip.operations)} operations, steps {clip.steps[0]}..{clip.steps[clip.last]}"),
+        ("host", f"{clip.host.name}, {len(clip.operations)} operations, {clip.steps[0]}..{clip.steps[clip.last]}"),
         ("attention", "off" if on.slr is None else f"{on.slr.combine}, frames {on.slr.frames}"),
         ("guidance", "off" if on.guidance is None else f"gain {on.guidance.gain:g}, {on.guidance.norm}"),
         ("noise", on.noise.sharing),

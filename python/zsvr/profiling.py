@@ -12,7 +12,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from zsvr import flow as flows, hosts, operators, priors
+from zsvr import flow as flows
+from zsvr import hosts, operators, priors
 from zsvr.degrading import degrade
 from zsvr.priors.base import Prior
 from zsvr.restoration import Restoration, Sampling, _Window
@@ -176,4 +177,3 @@ def _method(clock: _Clock, part: str, owner: Any, name: str) -> Callable[..., An
             return function(self, *arguments, **keywords)
 
     return call
-

@@ -110,7 +110,9 @@ class Restoration:
         self.canvas = operator.canvas((y.shape[2], y.shape[3]))
         measured = operator.measured_shape(self.canvas)
         if tuple(y.shape[1:]) != measured:
-            raise ValueError(f"{operator} measures {measured} on a canvas {self.canvas}, got frames {tuple(y.shape[1:])}")
+            raise ValueError(
+                f"{operator} measures {measured} on a canvas {self.canvas}, got frames {tuple(y.shape[1:])}"
+            )
         bad = [side for side in self.canvas if side % prior.multiple]
         if bad:
             raise ValueError(
@@ -344,8 +346,8 @@ def _check_finite(x: Tensor, what: str, step: int) -> None:
     if not bool(torch.isfinite(x).all()):
         bad = (~torch.isfinite(x)).flatten(1).any(1).nonzero().flatten().tolist()
         raise NotFiniteError(
-            f"{what} is not finite at training step {step}, frames {bad[:8]}: in fp16 try bf16 or fp32; with dps or gdp "
-            "a smaller scale; a damaged checkpoint gives it at the first step"
+            f"{what} is not finite at training step {step}, frames {bad[:8]}: in fp16 try bf16 or fp32; with dps or "
+            "gdp a smaller scale; a damaged checkpoint gives it at the first step"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from zsvr.operators import kernels, make
 
 LOPSIDED = torch.tensor([0.5, 0.3, 0.1, 0.1, 0.0], dtype=torch.float64)  # not symmetric: shows flips and shifts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from zsvr import noise, operators, samplers, schedule
 from zsvr.hosts import Step
 from zsvr.priors.base import Prior

@@ -19,6 +19,7 @@ from gaussian_prior import (
     smooth_prior,
     some_measurement,
 )
+
 from zsvr import hosts, operators, schedule
 from zsvr.hosts.ddnm import weights
 from zsvr.operators import Flat, Spectral

@@ -8,6 +8,7 @@ import numpy
 import pytest
 import torch
 from degradations import dense, frames, gray_then, relative
+
 from zsvr import operators
 from zsvr.operators import kernels, make
 from zsvr.operators.downscaling import reduction

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from gaussian_prior import ABAR, GaussianPrior, differentiable_step, make_step, smooth_prior
+
 from zsvr import hosts, operators, samplers
 
 

@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 from gaussian_prior import EVERY, GaussianPrior, make_step, restore, smooth_prior
+
 from zsvr import hosts, noise, operators, samplers, schedule
 from zsvr.hosts import gdp
 

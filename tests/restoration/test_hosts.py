@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from gaussian_prior import EVERY, EXACT, GaussianPrior, dense, differentiable_step, restore, smooth_prior
+
 from zsvr import hosts, operators
 from zsvr.hosts import gdp
 

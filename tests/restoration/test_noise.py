@@ -8,6 +8,7 @@ import math
 import numpy
 import pytest
 import torch
+
 from zsvr import noise
 from zsvr.noise import FrameNoise, NoiseOptions
 

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from degradations import CASES, case, frames, gray_then
+
 from zsvr import operators
 from zsvr.operators import make
 

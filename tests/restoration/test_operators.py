@@ -7,6 +7,7 @@ import torch
 from degradations import CASES, EXACT, FULL_ROW_RANK, LOPSIDED_IMAGE, TRUNCATED, case, dense, frames, relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from zsvr import operators
 from zsvr.operators import Flat, Spectral, inner, kernels, make
 

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from gaussian_prior import distance, moments, smooth_prior
+
 from zsvr import noise, samplers, schedule
 from zsvr.priors.base import Prior
 

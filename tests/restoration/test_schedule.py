@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from zsvr import schedule
 from zsvr.schedule import coefficients, plan_operations, plan_windows, spaced_steps
 

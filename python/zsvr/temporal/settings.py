@@ -9,16 +9,15 @@ from typing import Any
 
 from torch import Tensor
 
+from zsvr.flow import EstimationOptions
+from zsvr.noise import NoiseOptions
 from zsvr_kernels import CorrectionOptions, SLROptions, validation
 from zsvr_kernels import frames as tables
-from zsvr_kernels.links import CHECKS
 
 ESTIMATORS = ("dis", "raft_large", "zero", "given")
 SOURCES = ("preview", "clean", "given")
 NORMS = ("l2", "l1", "charbonnier")
 TARGETS = ("x0", "x")
-SHARINGS = ("share", "warp_blend", "static_mask", "rho", "none")
-FILLS = ("shared", "fresh")
 
 
 def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -53,51 +52,36 @@ def _keep(options: object, **values: object) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class FlowOptions:
+class FlowOptions(EstimationOptions):
     """Where optical flow comes from, what is believed of it, and how it gets to a smaller grid.
 
-    Attributes:
+    Attributes, beside those of `zsvr.flow.EstimationOptions`:
         estimator: ``"dis"``, ``"raft_large"`` (local weights), ``"zero"``, ``"given"``.
         source: frames it is estimated from: the ``"preview"`` of the degraded input, ``"clean"`` frames (studies), or
             ``"given"``.
-        max_side: pixels of the longest side at which it is estimated.
-        check, alpha, beta, threshold_warped, motion_boundary: see `zsvr_kernels.Links.from_flow`; None: the rule's own.
-        resize, occ_pool: likewise.
+        resize, occ_pool: see `zsvr_kernels.Links.from_flow`.
         refresh_every: estimate links' and guidance's flow again from the clean estimate at each n-th step of the second
             half of sampling; 0: never.
     """
 
     estimator: str = "dis"
     source: str = "preview"
-    max_side: int = 512
-    check: str = "U"
-    alpha: float | None = None
-    beta: float | None = None
-    threshold_warped: bool = False
-    motion_boundary: bool = False
     resize: str = "area"
     occ_pool: str = "max"
     refresh_every: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _choice("flow.estimator", self.estimator, ESTIMATORS)
         _choice("flow.source", self.source, SOURCES)
         if (self.estimator == "given") != (self.source == "given"):
             raise ValueError(
-                f'flow.estimator and flow.source are both "given" or neither, got {self.estimator!r}, {self.source!r}'
+                'flow.estimator and flow.source are both "given" or neither, '
+                f"got {self.estimator!r} and {self.source!r}"
             )
-        _choice("flow.check", self.check, tuple(CHECKS))
         _choice("flow.resize", self.resize, ("area", "antialias", "nearest"))
         _choice("flow.occ_pool", self.occ_pool, ("max", "mean"))
-        _flag("flow.threshold_warped", self.threshold_warped)
-        _flag("flow.motion_boundary", self.motion_boundary)
-        _keep(
-            self,
-            max_side=validation.check_int("flow.max_side", self.max_side, 16),
-            alpha=None if self.alpha is None else validation.check_bound("flow.alpha", self.alpha),
-            beta=None if self.beta is None else validation.check_bound("flow.beta", self.beta),
-            refresh_every=validation.check_int("flow.refresh_every", self.refresh_every, 0),
-        )
+        _keep(self, refresh_every=validation.check_int("flow.refresh_every", self.refresh_every, 0))
 
     def link_options(self) -> dict[str, Any]:
         """Return the fields that `zsvr_kernels.SLROptions` has too."""
@@ -173,35 +157,6 @@ class GuidanceOptions:
         """Return whether ``progress`` k/K lies within ``active``."""
         start, end = self.active
         return start <= progress and (progress < end or end >= 1)
-
-
-@dataclasses.dataclass(frozen=True)
-class NoiseOptions:
-    """How frames share initial and step noise.
-
-    Attributes:
-        sharing: ``"share"``: one field for all frames; ``"warp_blend"``: it moves with the flow; ``"static_mask"``:
-            shared where nothing moves; ``"rho"``: a mix of shared and own; ``"none"``.
-        fill: what ``"warp_blend"`` starts anew with, the ``"shared"`` or a ``"fresh"`` field.
-        static_px: motion below this many pixels is none. soft: ``"static_mask"`` blends over 5 x 5 pixels.
-        rho: common share of the variance in ``"rho"``.
-    """
-
-    sharing: str = "share"
-    fill: str = "shared"
-    static_px: float = 0.5
-    soft: bool = False
-    rho: float = 0.9
-
-    def __post_init__(self) -> None:
-        _choice("noise.sharing", self.sharing, SHARINGS)
-        _choice("noise.fill", self.fill, FILLS)
-        _flag("noise.soft", self.soft)
-        _keep(
-            self,
-            static_px=validation.check_bound("noise.static_px", self.static_px),
-            rho=_fraction("noise.rho", self.rho),
-        )
 
 
 _ATTENTION = (
