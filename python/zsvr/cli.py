@@ -77,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
     method.add_argument("--host-option", type=_assignment, action="append", default=[], metavar="NAME=VALUE")
     method.add_argument("--preset", default="paper", help="temporal parts: none, batch_consistent, paper, best, ...")
     method.add_argument("--set", type=_assignment, action="append", default=[], metavar="NAME=VALUE", dest="changes",
-                        help="an option of the temporal parts, such as guidance.gain=0.02; may be repeated")  # fmt: skip
+                        help="option of the temporal parts, such as guidance.gain=0.02; may be repeated")  # fmt: skip
     method.add_argument("--steps", type=int, help="sampling steps; default: the host's")
     method.add_argument("--spacing", choices=("leading", "trailing", "linspace"), default="leading")
     method.add_argument("--travel", type=int, nargs=2, default=(1, 1), metavar=("LENGTH", "REPEAT"))
@@ -221,7 +221,7 @@ def _evaluate(options: argparse.Namespace, command: Sequence[str]) -> int:
         check_free(options.json, overwrite=options.overwrite)
     output, reference = video.read(options.output), video.read(options.reference)
     encoder = open_clip_encoder(options.clip) if options.clip else None
-    found = metrics.evaluate(output.frames, reference.frames, clip=encoder)
+    found = metrics.evaluate(output.frames, reference.frames, encoder=encoder)
     _print(metrics.table({pathlib.Path(options.output).name: found}))
     if options.json:
         write_text(options.json, to_json(found), overwrite=options.overwrite)
