@@ -264,7 +264,7 @@ def test_flow_that_is_not_finite_is_zero_and_occluded():
 
 
 def test_the_checks_result_goes_to_the_nearest_pixel():
-    """From 16 x 20 to 24 x 30 pixels: output n takes input floor((n + 0.5) / 1.5), so 1 and 2 take 1, 4 and 5 take 3."""
+    """From 16 x 20 to 24 x 30: output n takes input floor((n + 0.5) / 1.5), so 1 and 2 take 1, 4 and 5 take 3."""
     forward, backward = constant(1, (16, 20), 0, 0), constant(1, (16, 20), 0, 0)
     forward[0, 0, 1, 3] = math.nan
     flow = flows.estimate(torch.full((2, 3, 24, 30), 0.5), Fixed(forward, backward))
