@@ -214,7 +214,8 @@ class Given:
 def test_flow_error_by_hand(norm, expected):
     output, truth = clips(2, (16, 16))
     base = torch.full((1, 2, 16, 16), 0.5)
-    off = base + torch.tensor((3.0, -4.0))[:, None, None]
+    off = base.clone()
+    off[..., 4:] += torch.tensor((4.0, -16 / 3))[:, None, None]  # in three quarters of the pixels
     result = metrics.evaluate(output, truth, options=metrics.MetricOptions(ofme_norm=norm), estimator=Given(base, off))
     assert result["ofme"] == pytest.approx(expected)
 
