@@ -263,6 +263,14 @@ def test_flow_that_is_not_finite_is_zero_and_occluded():
     assert not flow.forward.any() and not flow.backward.any()
 
 
+def test_the_checks_result_goes_to_the_nearest_pixel():
+    """From 16 x 20 to 24 x 30: output n takes input floor((n + 0.5) / 1.5), so 1 and 2 take 1, 4 and 5 take 3."""
+    forward, backward = constant(1, (16, 20), 0, 0), constant(1, (16, 20), 0, 0)
+    forward[0, 0, 1, 3] = math.nan
+    flow = flows.estimate(torch.full((2, 3, 24, 30), 0.5), Fixed(forward, backward))
+    assert flow.occ_forward[0].nonzero().tolist() == [[1, 4], [1, 5], [2, 4], [2, 5]]
+
+
 def test_windows_and_tiles_are_parts_of_the_whole():
     flow = flows.estimate(moving(6, (48, 64), (2, 1)), flows.DIS())
     part = flow.window([0, 2, 3, 4])

@@ -133,6 +133,12 @@ def test_what_is_occluded_does_not_count():
     backward[0, 0, 4, 5] = 0.72  # 0.518 > 0.5 + 0.01 * 0.518
     visible = metrics.warping_error(clip, known(torch.zeros(1, 2, 9, 12), backward))["visible"]
     assert float(visible) == pytest.approx(1 - 1 / 108)
+    # a step of the flow between columns 5 and 6: its square counts against 0.002 + 0.01 |F|^2, F = 0 in column 5
+    for step, expected in ((0.04, 1.0), (0.05, 11 / 12)):
+        forward = torch.zeros(1, 2, 9, 12)
+        forward[:, 0, :, 6:] = step
+        visible = metrics.warping_error(clip, known(forward, -forward))["visible"]
+        assert float(visible) == pytest.approx(expected)
     # all occluded: 0
     far = torch.full((1, 2, 9, 12), 100.0)
     result = metrics.warping_error(clip, known(far, -far))
@@ -208,7 +214,8 @@ class Given:
 def test_flow_error_by_hand(norm, expected):
     output, truth = clips(2, (16, 16))
     base = torch.full((1, 2, 16, 16), 0.5)
-    off = base + torch.tensor((3.0, -4.0))[:, None, None]
+    off = base.clone()
+    off[..., 4:] += torch.tensor((4.0, -16 / 3))[:, None, None]  # in three quarters of the pixels
     result = metrics.evaluate(output, truth, options=metrics.MetricOptions(ofme_norm=norm), estimator=Given(base, off))
     assert result["ofme"] == pytest.approx(expected)
 
