@@ -51,6 +51,18 @@ def test_fourier_blur_equals_scipy(mode, fft_pad, shape):
     assert numpy.allclose(got, numpy.stack(expected), atol=1e-13)
 
 
+@pytest.mark.parametrize("shape", [(3, 3), (2, 4), (1, 2), (4, 5)])
+def test_the_middle_of_a_kernel_is_at_half_its_size(shape):
+    kernel = torch.rand(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    x = frames((3, 6, 7))
+    expected = torch.zeros_like(x)
+    for i in range(shape[0]):
+        for j in range(shape[1]):
+            moved = x.roll((i - shape[0] // 2, j - shape[1] // 2), (1, 2))
+            expected += kernel[i, j] / kernel.sum() * moved
+    assert torch.allclose(make("blur_fft", kernel=kernel).A(x), expected, atol=1e-14)
+
+
 def test_a_kernel_larger_than_the_canvas_wraps_around():
     kernel = kernels.as_image("gaussian:9,2")
     x = frames((3, 4, 5))
