@@ -91,6 +91,7 @@ def test_motion_lies_along_its_angle():
             assert xx == pytest.approx(0, abs=1e-9)
         else:
             assert xy == pytest.approx(slope * length2 / 2, rel=0.05)
+        assert torch.equal(k, k.flip(0, 1))
         assert length2 == pytest.approx(14**2 / 12, rel=0.05)  # variance of an even motion over 14 pixels
     assert torch.equal(kernels.motion(1, 30), torch.ones(1, 1, dtype=torch.float64))
 
