@@ -52,6 +52,18 @@ def test_fourier_blur_equals_scipy(mode, fft_pad, shape):
     assert numpy.allclose(got, numpy.stack(expected), atol=1e-13)
 
 
+@pytest.mark.parametrize("shape", [(3, 3), (2, 4), (1, 2), (4, 5)])
+def test_the_middle_of_a_kernel_is_at_half_its_size(shape):
+    kernel = torch.rand(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    x = frames((3, 6, 7))
+    expected = torch.zeros_like(x)
+    for i in range(shape[0]):
+        for j in range(shape[1]):
+            moved = x.roll((i - shape[0] // 2, j - shape[1] // 2), (1, 2))
+            expected += kernel[i, j] / kernel.sum() * moved
+    assert torch.allclose(make("blur_fft", kernel=kernel).A(x), expected, atol=1e-14)
+
+
 def test_a_kernel_larger_than_the_canvas_wraps_around():
     kernel = kernels.as_image("gaussian:9,2")
     x = frames((3, 4, 5))
@@ -80,6 +92,7 @@ def test_motion_lies_along_its_angle():
             assert xx == pytest.approx(0, abs=1e-9)
         else:
             assert xy == pytest.approx(slope * length2 / 2, rel=0.05)
+        assert torch.equal(k, k.flip(0, 1))
         assert length2 == pytest.approx(14**2 / 12, rel=0.05)  # variance of an even motion over 14 pixels
     assert torch.equal(kernels.motion(1, 30), torch.ones(1, 1, dtype=torch.float64))
 
