@@ -156,14 +156,12 @@ class Restoration:
 
     def _frame_noise(self) -> FrameNoise:
         shape = (self.prior.channels, *self.size)
-        sharing = self.temporal.noise
-        if self.flow is None or not sharing.needs_flow:
-            return FrameNoise(self.seed, shape, self.frames, sharing if self.flow is not None else None)
-        return FrameNoise(
-            self.seed, shape, self.frames, sharing,
-            flow_forward=self.flow.forward, flow_backward=self.flow.backward,
-            occ_forward=self.flow.occ_forward, occ_backward=self.flow.occ_backward,
-        )  # fmt: skip
+        fields: dict[str, Tensor] = {}
+        if self.flow is not None and self.temporal.noise.needs_flow:
+            names = {"flow_forward": "forward", "flow_backward": "backward"}
+            names |= {"occ_forward": "occ_forward", "occ_backward": "occ_backward"}
+            fields = {name: getattr(self.flow, source) for name, source in names.items()}
+        return FrameNoise(self.seed, shape, self.frames, self.temporal.noise, **fields)
 
     def run(self, callback: Callable[[Report], None] | None = None) -> Tensor:
         """Restore the clip.

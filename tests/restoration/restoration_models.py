@@ -25,7 +25,7 @@ def tiny_unet(seed: int = 0, learned: bool = True) -> Any:
         downsample_type="resnet", upsample_type="resnet", resnet_time_scale_shift="scale_shift", attn_norm_num_groups=8,
     )  # fmt: skip
     for p in model.parameters():  # residual branches and the last layer start at zero otherwise
-        p.data.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+        p.data.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
     return model.eval()
 
 

@@ -16,6 +16,7 @@ from zsvr.operators.base import to_model
 from zsvr.restoration import NotFiniteError, Restoration, Sampling
 from zsvr.temporal.settings import Temporal
 
+
 @pytest.fixture(scope="module")
 def prior():
     return tiny_prior()

@@ -85,6 +85,8 @@ class _DiffusersPrior(Prior):
 
     @functools.cached_property
     def _hashes(self) -> dict[str, str]:
+        if "unet" not in self._facts:  # a network that comes from no folder
+            return {"state_dict": hash_tensors(self.model.state_dict())}
         folder = pathlib.Path(self._facts["unet"])
         files = sorted(p for p in folder.iterdir() if p.name.startswith("diffusion_pytorch_model"))
         return {p.name: weights_cache.file_digest(p) for p in files if p.suffix in (".safetensors", ".bin")}
