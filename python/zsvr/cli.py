@@ -213,7 +213,7 @@ def _degrade(options: argparse.Namespace, command: Sequence[str]) -> int:
 
 
 def _evaluate(options: argparse.Namespace, command: Sequence[str]) -> int:
-    from zsvr import metrics, video
+    from zsvr import metrics, runs, video
     from zsvr.files import check_free, to_json, write_text
     from zsvr.temporal.semantic import open_clip_encoder
 
@@ -224,7 +224,7 @@ def _evaluate(options: argparse.Namespace, command: Sequence[str]) -> int:
     found = metrics.evaluate(output.frames, reference.frames, encoder=encoder)
     _print(metrics.table({pathlib.Path(options.output).name: found}))
     if options.json:
-        write_text(options.json, to_json(found), overwrite=options.overwrite)
+        write_text(options.json, to_json(runs.finite(found)), overwrite=options.overwrite)
     return OK
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -46,18 +45,17 @@ class _LiveBytes(TorchDispatchMode):
         return out
 
 
-def network_bytes(prior: Prior, frames: int, size: tuple[int, int], *, gradient: bool = False) -> int:
-    """Return the bytes that one call of the network needs beside its weights; nothing is computed.
+def network_bytes(prior: Prior, frames: int, size: tuple[int, int], device: torch.device, *, gradient: bool) -> int:
+    """Return the bytes that one call of the network needs beside its weights, from a call with one frame.
 
     Args:
         frames: T of the call. size: of what is denoised, ``(h, w)``.
         gradient: activations are kept for a backward.
     """
-    weights = next(prior.model.parameters())
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.set_grad_enabled(gradient), _LiveBytes() as live:
-        x = torch.empty(frames, prior.channels, *size, device=weights.device, requires_grad=gradient)
+    with torch.set_grad_enabled(gradient), _LiveBytes() as live:
+        x = torch.zeros(1, prior.channels, *size, device=device, requires_grad=gradient)
         prior.predict(x, 0)
-    return live.peak
+    return live.peak * frames
 
 
 def free_bytes(device: torch.device) -> int:
@@ -103,7 +101,7 @@ def needed_bytes(job: Job) -> tuple[int, int]:
     longest = max(len(shot) for shot in clip.shots)
     guides = clip.temporal.guidance is not None and clip.temporal.guidance.target == "x"
     gradient = clip.host.needs_network_gradient or guides
-    network = network_bytes(clip.prior, longest, clip.size, gradient=gradient)
+    network = network_bytes(clip.prior, longest, clip.size, clip.y.device, gradient=gradient)
     state = clip.y.nbytes + 8 * 4 * longest * clip.prior.channels * clip.size[0] * clip.size[1]
     flow = 0 if clip.flow is None else sum(x.nbytes for x in clip.flow.tensors().values())
     needed = network + state + flow

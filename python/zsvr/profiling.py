@@ -92,7 +92,7 @@ def random_adm(width: int, size: int, device: torch.device, dtype: torch.dtype) 
     attention = 3 if size >= 256 else 2
     plain = len(levels) - attention
     torch.manual_seed(0)
-    model = UNet2DModel(
+    model: Any = UNet2DModel(
         sample_size=size, in_channels=3, out_channels=6, layers_per_block=2,
         block_out_channels=tuple(width * m for m in levels), attention_head_dim=min(64, width),
         down_block_types=("ResnetDownsampleBlock2D",) * plain + ("AttnDownBlock2D",) * attention,

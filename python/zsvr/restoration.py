@@ -235,7 +235,8 @@ class _Window:
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
         """Patch the prior's network, and checkpoint it where the host wants that, for the length of the block."""
-        clip, model = self.clip, self.clip.prior.model
+        clip = self.clip
+        model: Any = clip.prior.model
         with contextlib.ExitStack() as stack:
             wants = getattr(clip.host, "checkpoint", False) and clip.host.needs_network_gradient
             if wants and hasattr(model, "enable_gradient_checkpointing"):

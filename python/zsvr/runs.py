@@ -189,7 +189,7 @@ class Run:
 
     def write_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Keep results; numbers that are not finite become null."""
-        write_text(self.path / METRICS, to_json(_finite(metrics)), overwrite=True)
+        write_text(self.path / METRICS, to_json(finite(metrics)), overwrite=True)
 
     def read_metrics(self) -> dict[str, Any]:
         """Return the results, null as NaN at the top level.
@@ -211,12 +211,12 @@ def _read_json(file: pathlib.Path) -> Any:
         raise ValueError(f"{file} is damaged: {error}") from error
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """Return the value with numbers that JSON does not know as None, tensors as lists."""
     if isinstance(value, Mapping):
-        return {str(name): _finite(x) for name, x in value.items()}
+        return {str(name): finite(x) for name, x in value.items()}
     if isinstance(value, torch.Tensor):
-        return _finite(value.tolist())
+        return finite(value.tolist())
     if isinstance(value, (list, tuple)):
-        return [_finite(x) for x in value]
+        return [finite(x) for x in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -52,8 +52,8 @@ def test_degrade_restore_evaluate(folder, tmp_path, capsys):
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(folder, tmp_path, capsys):
-    status = run("restore", folder / "clean.mkv", tmp_path / "out.mp4", "--prior", folder / "prior", "--task", "denoise",
-                 "--sigma", 0.1, "--steps", 4, "--dry-run", "--device", "cpu")  # fmt: skip
+    status = run("restore", folder / "clean.mkv", tmp_path / "out.mp4", "--prior", folder / "prior", "--task",
+                 "denoise", "--sigma", 0.1, "--steps", 4, "--dry-run", "--device", "cpu")  # fmt: skip
     text = capsys.readouterr().out
     assert status == 0 and not list(tmp_path.iterdir())
     for word in ("shots", "memory", "frames fit", "time", "attention layers patched", "ddnm+"):
@@ -85,8 +85,8 @@ def test_an_interrupted_run_leaves_no_output(folder, tmp_path, monkeypatch, caps
         raise KeyboardInterrupt
 
     monkeypatch.setattr(restoration._Window, "_step", interrupt)
-    status = run("restore", folder / "clean.mkv", tmp_path / "out.mp4", "--prior", folder / "prior", "--task", "denoise",
-                 "--sigma", 0.1, "--steps", 3, "--device", "cpu", "--quiet")  # fmt: skip
+    status = run("restore", folder / "clean.mkv", tmp_path / "out.mp4", "--prior", folder / "prior", "--task",
+                 "denoise", "--sigma", 0.1, "--steps", 3, "--device", "cpu", "--quiet")  # fmt: skip
     assert status == 130 and not list(tmp_path.iterdir()) and "interrupted" in capsys.readouterr().err
 
 

@@ -50,7 +50,8 @@ def test_every_task_runs_with_every_temporal_part(prior, task):
     run = restoration(prior, moving(3), operator, host, "paper", 3, noise_std)
     out = run.run()
     assert out.shape == (3, 3, SIZE, SIZE) and out.min() >= 0 and out.max() <= 1 and torch.isfinite(out).all()
-    assert len(run.patch.patched) > 2 and out.std() > 0.01
+    assert len(run.patch.patched) > 2
+    assert task == "lowlight" or out.std() > 0.01  # three steps of a random network leave it black
 
 
 @pytest.mark.parametrize("combine", ["serial", "parallel", "joint", "cross"])

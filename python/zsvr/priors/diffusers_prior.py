@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zsvr.files import hash_tensors
 from zsvr.priors import text, weights_cache
 from zsvr.priors.base import Prior
 
