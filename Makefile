@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 OUT    ?= demo_out
+BUDGET ?= 540
 JOBS   ?= $(shell nproc 2>/dev/null || echo 2)
 
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h') CMakeLists.txt setup.py
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo examples test lint format sanitize bench gpu wheel picture clean
+.PHONY: help setup demo examples test lint format sanitize gates bench gpu wheel picture clean
 
 help:
 	@echo "make demo      denoise a photographic sequence with the two attention operators; writes $(OUT)/"
@@ -17,8 +18,11 @@ help:
 	@echo "make lint      ruff, mypy, clang-format"
 	@echo "make format    rewrite sources to the project's format"
 	@echo "make sanitize  native tests under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make gates     compile the Triton kernels for every GPU without one, check and tabulate what they became"
+	@echo "               (FULL=1: every launch, into gates/results/; GATES='--select fwd' for some)"
 	@echo "make bench     measure against peers; writes bench/results/ (BENCH='--quick' for a smoke run)"
-	@echo "make gpu       GPU tests and measurements"
+	@echo "make gpu       GPU tests and measurements with PYTHON as it is; writes OUT=build/gpu, stops after BUDGET"
+	@echo "               seconds, goes on when called again (GPU=--dry tries the code on a CPU)"
 	@echo "make wheel     build a wheel in isolation into dist/"
 	@echo "make picture   make docs/contact_sheet.png, the README's picture, anew"
 	@echo "make clean     remove everything that was built"
@@ -34,7 +38,7 @@ $(VENV)/.installed: constraints.txt pyproject.toml
 	$(BIN)/python -m pip install -q --upgrade pip
 	$(BIN)/python -m pip install -q -c constraints.txt torch numpy "setuptools>=77" cmake ninja pybind11 \
 	  av opencv-python-headless pillow tqdm pytest pytest-timeout pytest-benchmark hypothesis scikit-image \
-	  torchmetrics diffusers transformers accelerate safetensors ruff mypy clang-format
+	  torchmetrics diffusers transformers accelerate safetensors triton ruff mypy clang-format
 	@touch $@
 
 # The package itself, editable; rebuilt when a native source changes. ZSVR_NATIVE=1: without its kernels there
@@ -51,8 +55,10 @@ demo: setup
 examples: setup
 	for script in examples/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
+# Triton's interpreter must be chosen before Triton is imported: a process of its own.
 test: setup
 	$(BIN)/python -m pytest -q $(TESTS)
+	$(if $(TESTS),,TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/triton)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
@@ -71,11 +77,21 @@ sanitize: $(VENV)/.installed
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/sanitize -j $(JOBS)
 	PATH="$(abspath $(BIN)):$$PATH" ctest --test-dir build/sanitize --output-on-failure
 
+# A second release of Triton, alone: kernels are compiled with the one that GPU machines have, too.
+build/triton-%/.installed: gates/constraints-%.txt
+	$(PYTHON) -m venv --clear build/triton-$*
+	build/triton-$*/bin/python -m pip install -q -c gates/constraints-$*.txt triton
+	@touch $@
+
+gates: $(VENV)/.installed build/triton-3.6/.installed
+	$(BIN)/python -m gates $(if $(FULL),--full --out gates/results) $(GATES)
+
 bench: setup
 	$(BIN)/python -m bench $(BENCH)
 
+# With the Python that is there, as it is: a machine with a GPU may have no network.
 gpu:
-	@echo "There are no GPU kernels in this version, so there is nothing to run yet."
+	@$(PYTHON) -m bench.gpu --out "$(if $(filter file,$(origin OUT)),build/gpu,$(OUT))" --budget $(BUDGET) $(GPU)
 
 wheel: $(VENV)/.installed
 	$(BIN)/python -m pip wheel -q --no-deps -w dist .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,19 +30,34 @@ class Budget:
     most: int
 
 
-def _first(result: Any) -> Tensor:
+def first(result: Any) -> Tensor:
+    """Return the tensor that stands for a result: its first, or the positions of trajectories."""
     if isinstance(result, Tensor):
         return result
     return result[0] if isinstance(result, tuple) else result.positions
 
 
+def reason(error: Exception) -> str:
+    """Return the first line of what an error says."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
 def _distance(x: Any, y: Any) -> float:
-    x, y = _first(x).detach().double(), _first(y).detach().double()
+    x, y = first(x).detach().double(), first(y).detach().double()
     return float(torch.linalg.vector_norm(x - y) / torch.linalg.vector_norm(y).clamp(min=1e-30))
 
 
-def run(case: Case, benchmark: Any, budget: Budget) -> dict[str, Any]:
-    """Measure a case and return its record. A red check is recorded with no times at all."""
+Calls = dict[str, Callable[[], Any]]
+
+
+def enlist(
+    case: Case, wants: Callable[[str], bool] = lambda name: True
+) -> tuple[dict[str, Any], workload.Workload | None, Calls]:
+    """Check a case and find out who takes part: ours, its variants and every wanted peer that computes the same.
+
+    Returns:
+        The record so far, the workload (None after a red check), the contestants, each of which was called once.
+    """
     torch._dynamo.reset()
     # The backward alone is timed on a retained graph, which donated buffers do not allow.
     torch._functorch.config.donated_buffer = case.direction != "bwd"
@@ -51,28 +67,35 @@ def run(case: Case, benchmark: Any, budget: Budget) -> dict[str, Any]:
         work.check()
     except AssertionError as error:
         record["check"] = {"ok": False, "message": str(error)}
-        return record
+        return record, None, {}
     record |= {"flops": work.flops, "gathered_bytes": work.bytes, "memory_traffic_bytes": work.traffic}
     record["left_out"] = dict(work.left_out)
 
     expected = work.contestants["ours"]()
-    running = {}
+    record["output_bytes"] = first(expected).numel() * first(expected).element_size()
+    running: Calls = {"ours": work.contestants["ours"]}
     for name, call in work.contestants.items():
-        if name in VARIANTS or name in BASELINES:
-            call()
-            running[name] = call
+        if name == "ours" or not wants(name):
             continue
         try:
-            distance = _distance(call(), expected)
-        except RuntimeError as error:
-            record["left_out"][name] = str(error).splitlines()[0][:200]
+            result = call()
+            distance = 0.0 if name in VARIANTS or name in BASELINES else _distance(result, expected)
+            del result
+        except Exception as error:  # whatever a peer or its compiler raises
+            record["left_out"][name] = reason(error)
             continue
         if not distance <= AGREEMENT:
             record["left_out"][name] = f"its result differs by {distance:.1%}"
             continue
         running[name] = call
-    del expected
+    return record, work, running
 
+
+def run(case: Case, benchmark: Any, budget: Budget) -> dict[str, Any]:
+    """Measure a case and return its record. A red check is recorded with no times at all."""
+    record, work, running = enlist(case)
+    if work is None:
+        return record
     rates: list[float] = []
     if work.flops is not None and case.op in ("cross_frame_attention", "correspondence_search"):
         try:
@@ -109,7 +132,5 @@ def run(case: Case, benchmark: Any, budget: Budget) -> dict[str, Any]:
         for name in running
         if name not in ("probe", "ours_forward", "ours_index")
     }
-    result = _first(work.contestants["ours"]())
-    record["output_bytes"] = result.numel() * result.element_size()
     benchmark.extra_info["case"] = case.name
     return record

@@ -1,4 +1,4 @@
-"""Peak memory of a call, from the kernel's own high-water mark of this process."""
+"""Peak memory of a call, from the kernel's own high-water mark of this process, or from torch's allocator on a GPU."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import ctypes
 import gc
 import pathlib
 from collections.abc import Callable
+
+import torch
 
 _CLEAR = pathlib.Path("/proc/self/clear_refs")
 _STATUS = pathlib.Path("/proc/self/status")
@@ -33,5 +35,18 @@ def peak_extra(call: Callable[[], object]) -> int | None:
         peak = _status("VmHWM")
     except (OSError, AttributeError, RuntimeError):
         return None
+    del result
+    return max(0, peak - before)
+
+
+def peak_extra_cuda(call: Callable[[], object], device: torch.device) -> int:
+    """Return by how many bytes a call raises what torch's allocator gave out on a GPU at its peak."""
+    gc.collect()
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    result = call()
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device)
     del result
     return max(0, peak - before)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from zsvr_kernels.ops.correspondence_search.reference import correspondence_search_reference, link_score_reference
@@ -20,7 +21,8 @@ from zsvr_kernels.trajectories import Trajectories
 
 Peer = Callable[[], Any]
 FLEX_BLOCK = 64  # divides every P of shapes.py, so that every block is full and no mask is evaluated
-EAGER_BYTES = 3 << 30  # an eager peer whose largest intermediate passes this is left out
+FLEX_BLOCK_CUDA = 128  # what its GPU kernels take
+EAGER_BYTES = {"cpu": 3 << 30, "cuda": 12 << 30}  # an eager peer whose largest intermediate passes this is left out
 
 
 def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -64,10 +66,11 @@ def frame_mask(rows: Tensor, P: int, block: int = FLEX_BLOCK) -> BlockMask:
         raise ValueError("a block mask needs blocks that divide a frame and rows without repeats")
     T, R = rows.shape
     per_frame = P // block
-    listed = (rows.sort(1).values[:, :, None] * per_frame + torch.arange(per_frame)).reshape(T, R * per_frame)
-    indices = torch.zeros(T * per_frame, T * per_frame, dtype=torch.int32)
+    within = torch.arange(per_frame, device=rows.device)
+    listed = (rows.sort(1).values[:, :, None] * per_frame + within).reshape(T, R * per_frame)
+    indices = torch.zeros(T * per_frame, T * per_frame, dtype=torch.int32, device=rows.device)
     indices[:, : R * per_frame] = listed.repeat_interleave(per_frame, 0).int()
-    counts = torch.full((T * per_frame,), R * per_frame, dtype=torch.int32)
+    counts = torch.full((T * per_frame,), R * per_frame, dtype=torch.int32, device=rows.device)
     return BlockMask.from_kv_blocks(
         torch.zeros_like(counts)[None, None],
         torch.zeros_like(indices)[None, None],
@@ -99,17 +102,54 @@ def cross_frame_attention(
     rows = frames.long()
     peers: dict[str, Peer | str] = {"sdpa_concat": lambda: sdpa_on_concat(q, k, v, rows)}
     scores = B * T * H * P * R * P * q.element_size()
-    if scores > EAGER_BYTES:
+    if scores > EAGER_BYTES[q.device.type]:
         peers["eager"] = f"its scores take {scores / 2**30:.0f} GiB"
     else:
         peers["eager"] = lambda: eager_on_concat(q, k, v, rows)
     fast = compiled(eager_on_concat)
     peers["compiled"] = lambda: fast(q, k, v, rows)
-    if q.requires_grad:
+    if q.device.type == "cuda":
+        peers |= on_cuda(q, k, v, rows)
+    block = FLEX_BLOCK if q.device.type == "cpu" else FLEX_BLOCK_CUDA
+    if q.requires_grad and q.device.type == "cpu":
         peers["flex"] = "FlexAttention has no backward on CPU"
+    elif P % block:
+        peers["flex"] = f"its blocks of {block} do not divide a frame of {P} tokens"
     else:
-        mask, attend = frame_mask(rows, P), compiled(flex_attention)
+        mask, attend = frame_mask(rows, P, block), compiled(flex_attention)
         peers["flex"] = lambda: flex(q, k, v, mask, attend)
+    return peers
+
+
+SDPA_BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+
+
+def on_cuda(q: Tensor, k: Tensor, v: Tensor, rows: Tensor) -> dict[str, Peer | str]:
+    """Return SDPA on concatenated frames by each of its GPU kernels, and FlashAttention where it is installed."""
+    peers: dict[str, Peer | str] = {}
+    for name, backend in SDPA_BACKENDS.items():
+
+        def pinned(backend: SDPBackend = backend) -> Tensor:
+            with sdpa_kernel(backend):
+                return sdpa_on_concat(q, k, v, rows)
+
+        peers[f"sdpa_{name}"] = pinned
+    try:
+        from flash_attn import flash_attn_func
+    except ImportError as error:
+        peers["flash_attn"] = f"it is not installed ({error})"
+        return peers
+
+    def flash_attn() -> Tensor:
+        R = rows.shape[1]
+        keys, values = (x.index_select(1, rows.flatten()).reshape(-1, R * x.shape[2], *x.shape[3:]) for x in (k, v))
+        return flash_attn_func(q.flatten(0, 1), keys, values).reshape(q.shape)
+
+    peers["flash_attn"] = flash_attn
     return peers
 
 
@@ -171,7 +211,7 @@ def grid_sample_attention(
     Hg, Wg = grid
     T, L = rows.shape
     H, D = q.shape[3:]
-    size = torch.tensor((Wg, Hg), dtype=torch.float32)
+    size = torch.tensor((Wg, Hg), dtype=torch.float32, device=q.device)
     where = ((positions[0] + 0.5) * (2 / size) - 1).reshape(T * L, Hg, Wg, 2)
 
     def sample(source: Tensor) -> Tensor:
@@ -205,7 +245,13 @@ def trajectory_attention(
 # ---- the whole layer ----
 
 
-def slr_layer(module: PlainAttention, x: Tensor, rows: Tensor, trajectories: Trajectories) -> Tensor:
+def slr_layer(
+    module: PlainAttention,
+    x: Tensor,
+    rows: Tensor,
+    trajectories: Trajectories,
+    attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = sdpa_on_concat,
+) -> Tensor:
     """SLR attention as published projects write it: SDPA on concatenated K and V, then gathers along trajectories.
 
     Args:
@@ -213,10 +259,11 @@ def slr_layer(module: PlainAttention, x: Tensor, rows: Tensor, trajectories: Tra
         x: ``[T, C, Hg, Wg]``.
         rows: frame table, int64 ``[T, R]``, no absent entry.
         trajectories: over the frames and the grid of x.
+        attend: the short range; takes q, k, v and rows.
     """
     tokens = module.normalise(x.flatten(2).mT)
     q, k, v = module.qkv(tokens).unflatten(-1, (3, module.num_heads, module.head_dim))[None].unbind(3)
-    short = sdpa_on_concat(q, k, v, rows)
+    short = attend(q, k, v, rows)
     y = module.proj(corner_attention(q, k, short, *live_rows(trajectories))[0].flatten(2))
     return x + y.mT.reshape(x.shape)
 
@@ -237,7 +284,7 @@ def unfold_search(
     side = 2 * radius + 1
     images = normalised(f_dst).mT.reshape(N, C, Hg, Wg)
     windows = F.unfold(images, side, padding=radius).reshape(N, C, side**2, P)
-    there = F.unfold(torch.ones(1, 1, Hg, Wg), side, padding=radius) > 0  # [1, side^2, P]
+    there = F.unfold(torch.ones(1, 1, Hg, Wg, device=centre.device), side, padding=radius) > 0  # [1, side^2, P]
     index = centre[..., 1] * Wg + centre[..., 0]  # [N, P]
     windows = windows.gather(3, index[:, None, None].expand(-1, C, side**2, -1))
     cosines = (normalised(f_src).mT[:, :, None] * windows).sum(1)  # [N, side^2, P]
@@ -252,8 +299,8 @@ def matmul_search(
     """Search in the full correlation of both frames, masked to the windows; ``centre`` int64 inside the grid."""
     Hg, Wg = grid
     correlation = normalised(f_src) @ normalised(f_dst).mT  # [N, P, P]
-    near_x = (torch.arange(Wg) - centre[..., :1]).abs() <= radius  # [N, P, Wg]
-    near_y = (torch.arange(Hg) - centre[..., 1:]).abs() <= radius
+    near_x = (torch.arange(Wg, device=centre.device) - centre[..., :1]).abs() <= radius  # [N, P, Wg]
+    near_y = (torch.arange(Hg, device=centre.device) - centre[..., 1:]).abs() <= radius
     window = (near_y[..., :, None] & near_x[..., None, :]).flatten(2)
     score, site = correlation.masked_fill(~window, float("-inf")).max(2)
     return site, score
@@ -277,7 +324,7 @@ def correspondence_search(
         "compiled": lambda: fast(f_src, f_dst, centre, grid, radius),
     }
     for name, size in (("eager_unfold", N * C * (2 * radius + 1) ** 2 * P * 4), ("bmm", N * P * P * 4)):
-        if size > EAGER_BYTES:
+        if size > EAGER_BYTES[f_src.device.type]:
             peers[name] = f"its largest tensor takes {size / 2**30:.0f} GiB"
     return peers
 

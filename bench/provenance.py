@@ -40,14 +40,17 @@ def _git(root: pathlib.Path, *arguments: str) -> str | None:
 
 
 def collect(root: pathlib.Path) -> dict[str, Any]:
-    """Return device, versions, commit and whether the checkout differs from it (None outside a checkout)."""
+    """Return device, versions, commit and whether the checkout differs from it (None outside a checkout).
+
+    ZSVR_COMMIT names the commit where there is no repository to ask.
+    """
     status = _git(root, "status", "--porcelain", "--", ".", ":!bench/results")
     device = device_name()
     info = zk.build_info()
     return {
         "device": device,
         "device_slug": slug(device),
-        "commit": _git(root, "rev-parse", "HEAD") or "unknown",
+        "commit": os.environ.get("ZSVR_COMMIT") or _git(root, "rev-parse", "HEAD") or "unknown",
         "dirty": None if status is None else bool(status),
         "versions": {
             "zsvr_kernels": zk.__version__,

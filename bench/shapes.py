@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ class Case:
 
     Directions: ``"fwd"``; ``"bwd"``: the backward alone, on a retained graph; ``"step"``: forward and backward.
     Variants, of the whole layer: ``"neighbors"`` (R = 2), ``"previous"`` (R = 1), ``"corrected"``: neighbors with
-    links corrected, at a step that admits it.
+    links corrected, at a step that admits it. Of trajectories: ``"full"`` (L = T) instead of a window.
+    On a GPU there are no threads to count: 0.
     """
 
     op: str
@@ -54,6 +55,8 @@ class Case:
     direction: str
     threads: int
     variant: str = ""
+    device: str = "cpu"
+    backend: str = "auto"  # of ours
 
     @property
     def shape(self) -> Level:
@@ -68,9 +71,14 @@ class Case:
         return self.shape.H * self.shape.D
 
     @property
+    def window(self) -> int | None:
+        """Frames on either side that trajectories reach; None: all."""
+        return None if self.variant == "full" else WINDOW
+
+    @property
     def name(self) -> str:
-        variant = f"{self.variant}-" if self.variant else ""
-        return f"{self.level}-T{self.T}-{self.dtype}-{self.direction}-{variant}{self.threads}t"
+        parts = [self.level, f"T{self.T}", self.dtype, self.direction, self.variant]
+        return "-".join(part for part in (*parts, f"{self.threads}t" if self.threads else "") if part)
 
     def describe(self) -> dict[str, object]:
         """Return the fields that identify the case in a result file."""
@@ -79,7 +87,7 @@ class Case:
         if self.op in SEARCHES:
             fields["radius"] = self.shape.radius
         elif self.op != "cross_frame_attention":
-            fields["L"] = 2 * WINDOW + 1
+            fields["L"] = self.T if self.window is None else 2 * self.window + 1
         if self.op == "slr_attention":
             fields["R"] = 1 if self.variant == "previous" else 2
         return fields

@@ -14,11 +14,10 @@ from torch import Tensor
 import zsvr_kernels as zk
 from bench import peers
 from bench.shapes import DTYPES, WINDOW, Case
-from zsvr_kernels import testing
+from zsvr_kernels import inverse_index, testing
 from zsvr_kernels.ops.chain_links.reference import chain_links_reference
 from zsvr_kernels.ops.correspondence_search.reference import correspondence_search_reference, link_score_reference
 from zsvr_kernels.ops.cross_frame_attention.reference import cross_frame_attention_reference
-from zsvr_kernels.ops.trajectory_attention import cpu as trajectory_cpu
 from zsvr_kernels.ops.trajectory_attention.reference import trajectory_attention_reference
 from zsvr_kernels.plain import PlainAttention
 from zsvr_kernels.sampling import nearest_site
@@ -41,19 +40,25 @@ class Workload:
 
 def tokens(case: Case, *, grad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return seeded q, k, v and a gradient of the output, each ``[1, T, P, H, D]``."""
-    generator = torch.Generator().manual_seed(20240701)
     shape = (4, 1, case.T, case.P, case.shape.H, case.shape.D)
-    q, k, v, d_o = torch.randn(shape, generator=generator).to(DTYPES[case.dtype]).unbind(0)
+    q, k, v, d_o = _normal(case, shape).unbind(0)
     if grad:
         q, k, v = (x.clone().requires_grad_() for x in (q, k, v))
     return q, k, v, d_o
+
+
+def _normal(case: Case, shape: tuple[int, ...]) -> Tensor:
+    generator = torch.Generator(case.device).manual_seed(20240701)
+    return torch.randn(shape, generator=generator, device=case.device).to(DTYPES[case.dtype])
 
 
 def flow(case: Case) -> Tensor:
     """Return a smooth random flow ``[1, T-1, 2, Hg, Wg]`` of a few tokens per frame."""
     generator = torch.Generator().manual_seed(7)
     coarse = torch.randn(case.T - 1, 2, 4, 4, generator=generator)
-    return torch.nn.functional.interpolate(coarse, size=case.shape.grid, mode="bilinear", align_corners=False)[None]
+    return torch.nn.functional.interpolate(coarse, size=case.shape.grid, mode="bilinear", align_corners=False)[None].to(
+        case.device
+    )
 
 
 def links(case: Case) -> zk.Links:
@@ -64,6 +69,8 @@ def links(case: Case) -> zk.Links:
 
 def _heads(case: Case, flops: float) -> list[int]:
     H = case.shape.H
+    if case.P >= 4096 and case.direction != "fwd":
+        return [H - 1]  # the oracle keeps the scores of every frame
     return list(range(H)) if flops <= ORACLE_FLOPS else sorted({0, H - 1})
 
 
@@ -119,12 +126,12 @@ def _directed(case: Case, forwards: dict[str, Call], inputs: tuple[Tensor, ...],
 
         return {name: functools.partial(step, forward) for name, forward in forwards.items()}
 
-    def backward(out: Tensor) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(out, inputs, d_o, retain_graph=True)
+    def backward(graph: Call) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(graph(), inputs, d_o, retain_graph=True)
 
     directed: dict[str, Call] = {}
-    for name, forward in forwards.items():
-        directed[name] = functools.partial(backward, forward())
+    for name, forward in forwards.items():  # the first call runs the forward and keeps its graph
+        directed[name] = functools.partial(backward, functools.cache(forward))
     directed["ours_forward"] = torch.no_grad()(forwards["ours"])
     return directed
 
@@ -137,20 +144,22 @@ def _split(found: dict[str, peers.Peer | str]) -> tuple[dict[str, Call], dict[st
 def cross_frame_attention(case: Case) -> Workload:
     """Neighbour frames i-1 and i+1, the method's default."""
     q, k, v, d_o = tokens(case, grad=case.direction != "fwd")
-    frames = zk.neighbors(case.T)
+    frames = zk.neighbors(case.T).to(case.device)
     pairs = int((frames >= 0).sum())
     flops = 4.0 * case.C * case.P**2 * pairs
     scale = case.shape.D**-0.5
     runs, left_out = _split(peers.cross_frame_attention(q, k, v, frames))
-    forwards: dict[str, Call] = {"ours": lambda: zk.cross_frame_attention(q, k, v, frames)}
-    if case.direction == "fwd":
-        out = torch.empty_like(q)
-        forwards["ours_out"] = lambda: zk.cross_frame_attention(q, k, v, frames, out=out)
-        forwards["ours_sdpa"] = lambda: zk.cross_frame_attention(q, k, v, frames, backend="sdpa")
-    forwards |= runs
 
     def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return zk.cross_frame_attention(q, k, v, frames)
+        return zk.cross_frame_attention(q, k, v, frames, backend=case.backend)
+
+    forwards: dict[str, Call] = {"ours": lambda: ours(q, k, v)}
+    if case.direction == "fwd":
+        out = torch.empty_like(q)
+        forwards["ours_out"] = lambda: zk.cross_frame_attention(q, k, v, frames, backend=case.backend, out=out)
+    if case.direction == "fwd" or case.device != "cpu":
+        forwards["ours_sdpa"] = lambda: zk.cross_frame_attention(q, k, v, frames, backend="sdpa")
+    forwards |= runs
 
     check = _checker(
         case, flops, q, k, v, d_o, ours,
@@ -163,21 +172,22 @@ def cross_frame_attention(case: Case) -> Workload:
 
 
 def trajectory_attention(case: Case) -> Workload:
-    """Trajectories over 2 frames on either side; their inverse index is built before a backward is timed."""
+    """Trajectories over the case's window; their inverse index is built before a backward is timed."""
     q, k, v, d_o = tokens(case, grad=case.direction != "fwd")
-    trajectories = zk.chain_links(links(case), window=WINDOW)
+    trajectories = zk.chain_links(links(case), window=case.window, backend=case.backend)
     live = trajectories.valid & (trajectories.frames >= 0)[None, :, :, None]
     samples = float(live.sum()) * case.C
     scale = case.shape.D**-0.5
     runs, left_out = _split(peers.trajectory_attention(q, k, v, trajectories))
-    forwards: dict[str, Call] = {"ours": lambda: zk.trajectory_attention(q, k, v, trajectories)}
-    if case.direction == "fwd":
-        out = torch.empty_like(q)
-        forwards["ours_out"] = lambda: zk.trajectory_attention(q, k, v, trajectories, out=out)
-    forwards |= runs
 
     def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return zk.trajectory_attention(q, k, v, trajectories)
+        return zk.trajectory_attention(q, k, v, trajectories, backend=case.backend)
+
+    forwards: dict[str, Call] = {"ours": lambda: ours(q, k, v)}
+    if case.direction == "fwd":
+        out = torch.empty_like(q)
+        forwards["ours_out"] = lambda: zk.trajectory_attention(q, k, v, trajectories, backend=case.backend, out=out)
+    forwards |= runs
 
     tables = (trajectories.positions, trajectories.valid, trajectories.frames, trajectories.grid)
     check = _checker(
@@ -186,25 +196,29 @@ def trajectory_attention(case: Case) -> Workload:
         lambda q, k, v: testing.eager_trajectory_attention(q, k, v, trajectories, scale)[0],
     )  # fmt: skip
     directed = _directed(case, forwards, (q, k, v), d_o)
+    gathered = 8 * samples * q.element_size()  # 4 corners of K and of V
     if case.direction != "fwd":
         trajectories.inverse(case.T)
-        directed["ours_index"] = lambda: trajectory_cpu.inverse(*tables, case.T)
-        return Workload(directed, check, left_out=left_out)
-    gathered = 8 * samples * q.element_size()  # 4 corners of K and of V
+        directed["ours_index"] = lambda: inverse_index.inverse(*tables, case.T)
+        times = {"bwd": 2.0, "step": 3.0}[case.direction]  # the backward gathers K, V, then q, dO
+        return Workload(directed, check, times * 20 * samples, times * gathered, left_out=left_out)
     traffic = 4.0 * q.numel() * q.element_size() + 9.0 * live.numel()
     return Workload(directed, check, 20 * samples, gathered, traffic, left_out)
 
 
 def chain_links(case: Case) -> Workload:
-    """Chaining over 2 frames on either side."""
+    """Chaining over the case's window."""
     given = links(case)
     fields = (given.forward, given.backward, given.valid_forward, given.valid_backward)
 
     def eager(*fields: Tensor) -> tuple[Tensor, Tensor]:
-        return chain_links_reference(*fields, given.grid, WINDOW, False, False)
+        return chain_links_reference(*fields, given.grid, case.window, False, False)
+
+    def chained() -> zk.Trajectories:
+        return zk.chain_links(given, window=case.window, backend=case.backend)
 
     def check() -> None:
-        ours = zk.chain_links(given, window=WINDOW)
+        ours = chained()
         positions, valid = eager(fields[0].double(), fields[1].double(), *fields[2:])
         if not torch.equal(ours.valid, valid):
             count = int((ours.valid != valid).sum())
@@ -213,7 +227,7 @@ def chain_links(case: Case) -> Workload:
         testing.assert_within_budget(ours.positions, positions, plain, f"{case.name} positions")
 
     contestants: dict[str, Call] = {
-        "ours": lambda: zk.chain_links(given, window=WINDOW),
+        "ours": chained,
         "eager": lambda: eager(*fields),
     }
     return Workload(contestants, check)
@@ -225,7 +239,7 @@ def slr_module(case: Case) -> PlainAttention:
         torch.manual_seed(11)
         module = PlainAttention(case.C, case.shape.H)
         torch.nn.init.normal_(module.qkv.weight, std=case.C**-0.5)
-    return module.to(DTYPES[case.dtype])
+    return module.to(case.device, DTYPES[case.dtype])
 
 
 def slr_context(case: Case) -> zk.VideoContext:
@@ -234,6 +248,7 @@ def slr_context(case: Case) -> zk.VideoContext:
         frames="previous" if case.variant == "previous" else "neighbors",
         window=WINDOW,
         check="none",
+        backend=case.backend,
         correct=zk.CorrectionOptions(enabled=case.variant == "corrected"),
     )
     forward = flow(case)
@@ -242,15 +257,19 @@ def slr_context(case: Case) -> zk.VideoContext:
 
 def slr_attention(case: Case) -> Workload:
     """The whole layer, norm to residual, beside the spatial layer it replaces and SLR attention in eager PyTorch."""
-    generator = torch.Generator().manual_seed(20240701)
-    shape = (2, case.T, case.C, *case.shape.grid)
-    x, d_o = torch.randn(shape, generator=generator).to(DTYPES[case.dtype]).unbind(0)
+    x, d_o = _normal(case, (2, case.T, case.C, *case.shape.grid)).unbind(0)
     module, context = slr_module(case), slr_context(case)
     layer = zk.SLRAttention.from_attention(module, name="layer")
     rows = context.table().long()
     fixed = context.trajectories(case.shape.grid)
     inputs = (x.clone().requires_grad_(case.direction != "fwd"), *module.parameters())
     x = inputs[0]
+
+    short = peers.sdpa_on_concat
+    if case.device != "cpu":  # which would keep float64 scores of all frames there
+
+        def short(q: Tensor, k: Tensor, v: Tensor, rows: Tensor) -> Tensor:
+            return cross_frame_attention_reference(q, k, v, rows.int(), case.shape.D**-0.5)[0]
 
     def corrected() -> Tensor:
         with context.step(1, 2):
@@ -274,7 +293,7 @@ def slr_attention(case: Case) -> Workload:
                 trajectories = context.corrected("layer", case.shape.grid, tokens)
         wide = copy.deepcopy(module).double()
         got = attended(module, x, lambda x: layer(x, context))
-        oracle = attended(wide, x.double(), lambda x: peers.slr_layer(wide, x, rows, trajectories))
+        oracle = attended(wide, x.double(), lambda x: peers.slr_layer(wide, x, rows, trajectories, short))
         plain = attended(module, x, lambda x: peers.slr_layer(module, x, rows, trajectories))
         context.reset()
         names = ("out", "dx", *(f"d {name}" for name, _ in module.named_parameters()))
@@ -300,8 +319,7 @@ def slr_attention(case: Case) -> Workload:
 
 def _pairs(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     """Return features of adjacent frames, ``[T-1, P, C]`` each, and positions ``[T-1, P, 2]`` of the links."""
-    generator = torch.Generator().manual_seed(20240701)
-    features = torch.randn(case.T, case.P, case.C, generator=generator).to(DTYPES[case.dtype])
+    features = _normal(case, (case.T, case.P, case.C))
     return features[:-1], features[1:], links(case).forward[0]
 
 
@@ -311,13 +329,13 @@ def correspondence_search(case: Case) -> Workload:
     grid, radius = case.shape.grid, case.shape.radius
     site = nearest_site(positions, grid)
     centre = torch.stack((site % grid[1], site // grid[1]), -1).to(torch.int32)
-    last = torch.tensor((grid[1] - 1, grid[0] - 1))
+    last = torch.tensor((grid[1] - 1, grid[0] - 1), device=centre.device)
     sides = torch.minimum(centre + radius, last) - (centre - radius).clamp(min=0) + 1
     candidates = float(sides.double().prod(-1).sum())
     contestants, left_out = _split(peers.correspondence_search(f_src, f_dst, centre, grid, radius))
 
     def ours() -> tuple[Tensor, Tensor]:
-        return zk.correspondence_search(f_src, f_dst, centre, grid=grid, radius=radius)
+        return zk.correspondence_search(f_src, f_dst, centre, grid=grid, radius=radius, backend=case.backend)
 
     def check() -> None:
         site, score = ours()
@@ -342,7 +360,7 @@ def link_score(case: Case) -> Workload:
     contestants, left_out = _split(peers.link_score(f_src, f_dst, positions, grid))
 
     def ours() -> Tensor:
-        return zk.link_score(f_src, f_dst, positions, grid=grid)
+        return zk.link_score(f_src, f_dst, positions, grid=grid, backend=case.backend)
 
     def check() -> None:
         oracle = link_score_reference(f_src.double(), f_dst.double(), positions, grid)

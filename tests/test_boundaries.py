@@ -16,7 +16,7 @@ from zsvr_kernels import backends
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PYTHON = sorted(p for folder in ("zsvr_kernels", "python") for p in (ROOT / folder).rglob("*.py"))
-OUTSIDE = [p for folder in ("tests", "bench", "examples") for p in (ROOT / folder).rglob("*.py")]
+OUTSIDE = [p for folder in ("tests", "bench", "gates", "examples") for p in (ROOT / folder).rglob("*.py")]
 EVERY_PYTHON = [*PYTHON, *OUTSIDE, ROOT / "setup.py"]
 NATIVE = sorted((*(ROOT / "csrc").rglob("*.cpp"), *(ROOT / "csrc").rglob("*.h")))
 OPERATORS = sorted(p.name for p in (ROOT / "zsvr_kernels" / "ops").iterdir() if (p / "__init__.py").exists())
@@ -37,6 +37,24 @@ def imports(path: pathlib.Path, *, top_level_only: bool = False) -> set[str]:
 
 def package(name: str) -> str:
     return name.split(".")[0]
+
+
+def is_triton_kernel(path: pathlib.Path) -> bool:
+    return path.stem.startswith("triton_") and path.stem not in ("triton_launch", "triton_configs")
+
+
+def test_triton_kernels_need_triton_alone():
+    # So that another release of Triton can compile them where there is no torch.
+    for path in filter(is_triton_kernel, (ROOT / "zsvr_kernels").rglob("triton_*.py")):
+        for name in imports(path):
+            assert package(name) in ("__future__", "triton") or ".triton_" in name, f"{path} imports {name}"
+
+
+def test_triton_kernels_open_with_the_five_lines():
+    for path in filter(is_triton_kernel, (ROOT / "zsvr_kernels").rglob("triton_*.py")):
+        for kernel in re.findall(r"def \w+_kernel\(.*?\n(?=@|def |\Z)", path.read_text(), re.S):
+            for label in ("Computes:", "Grid:", "Tiles:", "Traffic:", "Numerics:"):
+                assert f"# {label}" in kernel, f"{path}: {kernel.splitlines()[0]} lacks {label}"
 
 
 def test_files_stay_short():
@@ -67,7 +85,7 @@ def test_kernels_never_import_the_framework():
 def test_only_the_demo_needs_more_than_torch():
     allowed = {"torch", "zsvr_kernels", *sys.stdlib_module_names}
     for path in (ROOT / "zsvr_kernels").rglob("*.py"):
-        if "demo" in path.parts:
+        if "demo" in path.parts or is_triton_kernel(path):
             continue
         extra = {package(n) for n in imports(path, top_level_only=True)} - allowed
         assert not extra, f"{path} imports {extra}"
@@ -79,8 +97,12 @@ def test_operators_point_one_way():
         inside = f"zsvr_kernels.ops.{op}"
         for path in folder.glob("*.py"):
             names = imports(path)
-            if path.stem in ("cpu", "sdpa", "cuda") or path.stem.startswith("triton"):
-                assert not any(name.startswith("zsvr_kernels.ops") for name in names), path
+            if path.stem in ("cpu", "sdpa", "sdpa_kernels", "cuda"):
+                used = [name for name in names if name.startswith("zsvr_kernels.ops")]
+                assert all(path.stem == "sdpa" and name.startswith(f"{inside}.sdpa_") for name in used), path
+            if path.stem == "triton_launch":
+                used = [name for name in names if name.startswith("zsvr_kernels.ops")]
+                assert all(name.startswith(f"{inside}.triton_") for name in used), path
             if path.stem == "registration":
                 assert not any(name.startswith(inside) for name in names), path
             if path.stem == "reference":

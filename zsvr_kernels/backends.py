@@ -1,7 +1,8 @@
 """Which backend runs a call: the measured order of preference, and why a backend refuses.
 
-PREFERENCE is the one place that decides what ``backend="auto"`` means. It was measured with ``make bench``
-(bench/results); a backend that refuses a call is passed over, and `explain` shows each refusal.
+PREFERENCE is the one place that decides what ``backend="auto"`` means. For CPUs it was measured with ``make bench``
+(bench/results), for GPUs it follows the predictions of ``make gates`` (bench/predictions.json) until measured; a
+backend that refuses a call is passed over, and `explain` shows each refusal.
 An explicit ``backend=`` never falls back: it runs or raises.
 """
 
@@ -16,18 +17,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from zsvr_kernels import _native
+from zsvr_kernels import _native, _triton
 
 BACKENDS = ("auto", "reference", "cpu", "sdpa", "triton", "cuda")
 
 # (operator, device type) -> backends, best first. "reference" takes everything, so it ends every list.
 PREFERENCE: dict[tuple[str, str], tuple[str, ...]] = {
     ("cross_frame_attention", "cpu"): ("cpu", "sdpa", "reference"),
-    ("cross_frame_attention", "cuda"): ("sdpa", "reference"),
+    ("cross_frame_attention", "cuda"): ("triton", "sdpa", "reference"),
     ("trajectory_attention", "cpu"): ("cpu", "reference"),
+    ("trajectory_attention", "cuda"): ("triton", "reference"),
     ("chain_links", "cpu"): ("cpu", "reference"),
+    ("chain_links", "cuda"): ("triton", "reference"),
     ("correspondence_search", "cpu"): ("cpu", "reference"),
+    ("correspondence_search", "cuda"): ("triton", "reference"),
     ("link_score", "cpu"): ("cpu", "reference"),
+    ("link_score", "cuda"): ("triton", "reference"),
 }
 OPERATORS = ("cross_frame_attention", "trajectory_attention", "chain_links", "correspondence_search", "link_score")
 
@@ -64,10 +69,33 @@ def _refuse_cpu(call: Call) -> str | None:
 def _refuse_sdpa(call: Call) -> str | None:
     if call.op != "cross_frame_attention":
         return "it implements cross_frame_attention only"
-    if call.return_lse and (call.device != "cpu" or torch.compiler.is_compiling()):
-        return "torch's SDPA gives no lse on this device or under torch.compile"
-    if call.return_lse and call.needs_grad:
+    if not call.return_lse:
+        return None
+    if call.needs_grad:
         return "torch's SDPA has no gradient of lse"
+    if torch.compiler.is_compiling() or call.device not in ("cpu", "cuda"):
+        return "torch's SDPA gives no lse on this device or under torch.compile"
+    return _refuse_sdpa_lse_on_cuda(call) if call.device == "cuda" else None
+
+
+def _refuse_sdpa_lse_on_cuda(call: Call) -> str | None:
+    """The kernels that give an lse there are flash (16-bit) and efficient (float32), if they are switched on."""
+    switches = torch.backends.cuda
+    is_on = switches.mem_efficient_sdp_enabled() if call.dtype == torch.float32 else switches.flash_sdp_enabled()
+    if torch.version.hip is not None or call.dtype == torch.float64 or not is_on:
+        return "torch's SDPA gives an lse by its flash and efficient kernels, which this dtype or its switches rule out"
+    if call.D is None or call.D % 8 or call.D > 256:
+        return f"head dim {call.D}; torch's SDPA gives an lse for multiples of 8 up to 256"
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+        return "torch's SDPA gives an lse on GPUs of compute capability 8.0 and later"
+    return None
+
+
+def _refuse_triton(call: Call) -> str | None:
+    if (reason := _triton.refusal(call.device, call.dtype)) is not None:
+        return reason
+    if call.D is not None and (call.D % 8 or not 8 <= call.D <= 256):
+        return f"head dim {call.D}; it takes multiples of 8 up to 256"
     return None
 
 
@@ -79,7 +107,7 @@ _REFUSE: dict[str, Callable[[Call], str | None]] = {
     "reference": _refuse_reference,
     "cpu": _refuse_cpu,
     "sdpa": _refuse_sdpa,
-    "triton": _refuse_absent,
+    "triton": _refuse_triton,
     "cuda": _refuse_absent,
 }
 

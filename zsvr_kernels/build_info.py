@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import platform
 from typing import Any
 
 import torch
 
-from zsvr_kernels import _native
+from zsvr_kernels import _native, _triton
 from zsvr_kernels.version import __version__
 
 
@@ -46,10 +47,5 @@ def build_info() -> BuildInfo:
     info["threads"] = f"{_native.threads()} ({pool})"
     info["cuda_archs"] = "none: no CUDA C++ kernels in this version"
     info["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    try:
-        import triton
-
-        info["triton"] = triton.__version__
-    except ImportError:
-        info["triton"] = "not installed"
+    info["triton"] = _triton.why_missing or importlib.metadata.version("triton")
     return info

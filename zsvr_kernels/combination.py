@@ -83,11 +83,11 @@ def slr_attention(
 
     if not isinstance(trajectories, Trajectories):
         raise TypeError(f"trajectories must be zsvr_kernels.Trajectories or None, got {type(trajectories).__name__}")
-    if combine == "serial" and not prefix and serial.takes(q, k, v, trajectories, backend):
+    if combine == "serial" and not prefix and (chosen := serial.takes(q, k, v, trajectories, backend)) is not None:
         validation.check_frames(frames, q)
         t = trajectories
         validation.check_trajectories(t.positions, t.valid, t.frames, t.grid, q)
-        return serial.SerialFunction.apply(q, k, v, frames, t, validation.check_scale(scale, q.shape[-1]))
+        return serial.SerialFunction.apply(q, k, v, frames, t, validation.check_scale(scale, q.shape[-1]), chosen)
     q_grid, k_grid, v_grid = (x[:, :, prefix:] for x in (q, k, v))
     if combine == "trajectory":
         return trajectory_attention(q, k, v, trajectories, scale=scale, backend=backend)

@@ -160,8 +160,8 @@ class VideoContext:
 
         ``"flow"``: 8 bytes for a pixel of each of ``B*(T-1)`` pairs and each direction in float32, 1 for given
         occlusion. ``"links"``: ``18 B (T-1) P`` per token grid. ``"trajectories"``: ``9 B T L P + 4 T L`` per grid, and
-        the index of their backward once it is built. ``"history"``: ``26 B (T-1) P`` per layer (or grid), twice that
-        within a step.
+        the index of their backward and the records of GPU kernels once they are built. ``"history"``:
+        ``26 B (T-1) P`` per layer (or grid), twice that within a step.
         """
         links = [x for n in (*self._links.values(), *self._given.values()) for x in n.tensors().values()]
         chained = (*self._trajectories.values(), *(t for _, t in self._shared.values()))
@@ -169,9 +169,7 @@ class VideoContext:
         return {
             "flow": _bytes(self._flow.values()),
             "links": _bytes(links),
-            "trajectories": _bytes(
-                x for t in chained for x in (t.positions, t.valid, t.frames, *(t.kept_index() or ()))
-            ),
+            "trajectories": _bytes(x for t in chained for x in (t.positions, t.valid, t.frames, *t.kept())),
             "history": _bytes(x for h in memories for x in h.tensors().values()),
         }
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from zsvr_kernels import _native
-from zsvr_kernels.sampling import Grid, bilinear_sample
+from zsvr_kernels.sampling import Grid, bilinear_sample, sites
 from zsvr_kernels.trajectories import Trajectories
 
 
@@ -92,7 +92,63 @@ def assert_within_budget(kernel: Tensor, oracle: Tensor, eager: Tensor, what: st
             )
 
 
+def assert_best_sites(
+    found: tuple[Tensor, Tensor],  # site int32 [N, P], score fp32 [N, P]
+    f_src: Tensor,  # [N, P, C]
+    f_dst: Tensor,  # [N, P, C]
+    centre: Tensor,  # int32 [N, P, 2]
+    grid: Grid,
+    radius: int,
+    what: str,
+) -> None:
+    """Raise AssertionError unless a search found the best candidates: another site may win on a near tie only.
+
+    Every candidate is compared in float64. The score of the site that was found is held to the budget, and no other
+    candidate may be better by more than two such errors.
+    """
+    site, score = found
+    N, P = site.shape
+    if site.dtype != torch.int32 or score.dtype != torch.float32:
+        raise AssertionError(f"{what}: sites are {site.dtype}, scores {score.dtype}")
+    candidates = window_mask(centre, grid, radius)
+    oracle = cosines(f_src.double(), f_dst.double())
+    oracle = oracle.masked_fill(~candidates | oracle.isnan(), -torch.inf)
+    best = oracle.max(-1).values
+    index = site.long()[..., None]
+    own = oracle.gather(-1, index)[..., 0]
+    empty = best == -torch.inf
+    if not torch.equal(index[empty][:, 0], candidates.int().argmax(-1)[empty]):
+        raise AssertionError(f"{what}: where no candidate has a number, the lowest site must be found")
+    if not bool((score[empty] == -torch.inf).all()):
+        raise AssertionError(f"{what}: where no candidate has a number, the score must be -inf")
+    if not bool((own[~empty] > -torch.inf).all()):
+        raise AssertionError(f"{what}: a site outside the window, or without a number")
+    tokens = f_dst.float().gather(1, index.expand(-1, -1, f_dst.shape[2]))
+    eager = cosines(f_src.float().reshape(N * P, 1, -1), tokens.reshape(N * P, 1, -1))[:, 0].reshape(N, P)
+    assert_within_budget(score, own, eager, f"{what}: score")
+    if bool((~empty).any()):
+        eps = torch.finfo(torch.float32).eps
+        budget = 2 * (float((eager - own)[~empty].abs().max()) + eps * float(own[~empty].abs().max()))
+        lost = float((best - own)[~empty].max())
+        if not lost <= 2 * budget:
+            raise AssertionError(f"{what}: a candidate is better by {lost:.3e}, budget {2 * budget:.3e}")
+
+
 # ---- the same computations as plain PyTorch in the tested dtype ----
+
+
+def cosines(f_src: Tensor, f_dst: Tensor) -> Tensor:
+    """Return the definition's cosines ``[N, P, M]`` of every source token ``[N, P, C]`` with ``f_dst [N, M, C]``."""
+    lengths = [torch.linalg.vector_norm(x, dim=-1).clamp(min=1e-6) for x in (f_src, f_dst)]
+    return (f_src[:, :, None] * f_dst[:, None]).sum(-1) / (lengths[0][:, :, None] * lengths[1][:, None])
+
+
+def window_mask(centre: Tensor, grid: Grid, radius: int) -> Tensor:
+    """Return bool ``[N, P, P]``: which destination sites are candidates of which source token."""
+    x = centre[..., 0].long().clamp(0, grid[1] - 1)
+    y = centre[..., 1].long().clamp(0, grid[0] - 1)
+    at = own_sites(grid).long()
+    return ((at[:, 0] - x[..., None]).abs() <= radius) & ((at[:, 1] - y[..., None]).abs() <= radius)
 
 
 def eager_cross_frame_attention(q: Tensor, k: Tensor, v: Tensor, frames: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -167,6 +223,32 @@ def random_trajectories(
     return Trajectories.from_positions(positions, valid, frames, grid)
 
 
+def own_sites(grid: Grid) -> Tensor:
+    """Return the sites themselves as centres of search windows, int32 ``[P, 2]``."""
+    return sites(grid).to(torch.int32)
+
+
+def random_centres(N: int, grid: Grid, generator: torch.Generator) -> Tensor:
+    """Return centres int32 ``[N, P, 2]``: mostly one offset from the own site, some apart from it, some far outside."""
+    P = grid[0] * grid[1]
+    common = torch.randint(-1, 2, (N, 1, 2), generator=generator)
+    kind = torch.rand(N, P, 1, generator=generator)
+    jitter = torch.randint(-2, 3, (N, P, 2), generator=generator)
+    centre = own_sites(grid).long() + common + torch.where(kind < 0.15, jitter, 0)
+    limits = torch.iinfo(torch.int32)
+    wild = torch.tensor([limits.min, limits.max, -1, 1 << 20])[torch.randint(0, 4, (N, P, 2), generator=generator)]
+    return torch.where(kind > 0.92, wild, centre).to(torch.int32)
+
+
+def random_features(
+    N: int, P: int, C: int, dtype: torch.dtype, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:  # [N, P, C] both
+    """Return source and destination tokens; a third of the source is a noisy copy of its destination."""
+    f_src, f_dst = torch.randn(2, N, P, C, generator=generator)
+    copied = torch.rand(N, P, 1, generator=generator) < 0.3
+    return torch.where(copied, f_dst + 0.2 * f_src, f_src).to(dtype), f_dst.to(dtype)
+
+
 @dataclass(frozen=True)
 class Guarded:
     """A tensor view inside a larger buffer of sentinels, and what the buffer looked like before."""
@@ -208,9 +290,9 @@ def guarded(x: Tensor, layout: str = "offset") -> Guarded:
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
     span = sum(s * (n - 1) for s, n in zip(strides, x.shape, strict=True)) + 1
     offset = 13
-    buffer = torch.full((offset + max(span, 1) + 64,), torch.nan, dtype=x.dtype)
+    buffer = torch.full((offset + max(span, 1) + 64,), torch.nan, dtype=x.dtype, device=x.device)
     view = buffer.as_strided(x.shape, strides, offset)
-    covered = torch.zeros(buffer.shape, dtype=torch.bool)
+    covered = torch.zeros(buffer.shape, dtype=torch.bool, device=x.device)
     covered.as_strided(x.shape, strides, offset).fill_(True)
     view.copy_(x)
     return Guarded(view, buffer, ~covered)

@@ -3,15 +3,39 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from zsvr_kernels import inverse_index, validation
+from zsvr_kernels import inverse_index, records, validation
 from zsvr_kernels.inverse_index import Index
+from zsvr_kernels.records import Records
 from zsvr_kernels.sampling import Grid
 
 _building = threading.Lock()  # of the module: a lock made in __init__ could not be traced by torch.compile
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What was built from trajectories and is kept."""
+
+    key: tuple[int, ...]
+    built: tuple[Tensor, ...]
+    stream: torch.cuda.Stream | None  # on GPUs, which built it
+    event: torch.cuda.Event | None  # and when it is there
+
+    def use(self, device: torch.device) -> tuple[Tensor, ...]:
+        """Return it, ready for the current stream, maybe another one than built it."""
+        if self.stream is not None and self.event is not None:
+            stream = torch.cuda.current_stream(device)
+            if stream != self.stream:
+                stream.wait_event(self.event)
+                for x in self.built:
+                    x.record_stream(stream)
+        return self.built
 
 
 class Trajectories:
@@ -26,7 +50,8 @@ class Trajectories:
         grid: ``(Hg, Wg)``, ``P = Hg * Wg``.
 
     The backward of `trajectory_attention` needs the inverse of the gather. It is built once and kept here, 8 bytes
-    for each of up to 4 corners of every live slot, until positions or validity are written to.
+    for each of up to 4 corners of every live slot (on GPUs of every slot), until positions or validity are written to.
+    So are the records that GPU kernels read, 8 bytes for each slot, 12 for float32 attention.
     """
 
     def __init__(self, positions: Tensor, valid: Tensor, frames: Tensor, grid: Grid) -> None:
@@ -34,7 +59,7 @@ class Trajectories:
         self._positions = positions
         self._valid = valid
         self._frames = frames
-        self._index: tuple[tuple[int, ...], Index] | None = None
+        self._kept: dict[str, _Kept] = {}
 
     @property
     def positions(self) -> Tensor:
@@ -80,7 +105,7 @@ class Trajectories:
         return self.positions.shape[2]
 
     def to(self, device: torch.device | str) -> Trajectories:
-        """Return the trajectories on another device; the inverse index is not carried over."""
+        """Return the trajectories on another device; what was built from them is not carried over."""
         return Trajectories(self.positions.to(device), self.valid.to(device), self.frames.to(device), self.grid)
 
     def detach(self) -> Trajectories:
@@ -97,23 +122,62 @@ class Trajectories:
             offsets int64 ``[B*Tk*P + 1]``, samples int32 ``[nnz]``, weights float32 ``[nnz]``.
 
         Raises:
-            TypeError, ValueError: ``Tk`` is not an int of at least 1, ``frames`` holds an index beyond ``Tk - 1``,
-                the tensors are not on the CPU, or ``T*L*P`` reaches 2^31.
+            TypeError, ValueError: ``Tk`` is not an int of at least 1, ``frames`` holds an index beyond ``Tk - 1`` (on
+                GPUs such a slot is absent), the tensors are neither on the CPU nor on a GPU, or ``T*L*P`` reaches
+                2^31.
             RuntimeError: the native module is missing.
         """
-        tensors = (self.positions, self.valid, self.frames)
-        if any(x.is_inference() for x in tensors):  # they do not count their changes, so nothing can be kept
-            return inverse_index.inverse(self.positions.detach(), self.valid, self.frames, self.grid, Tk)
-        key = (Tk, *(x._version for x in tensors))  # the tensors themselves never change for others
-        with _building:
-            if self._index is None or self._index[0] != key:
-                index = inverse_index.inverse(self.positions.detach(), self.valid, self.frames, self.grid, Tk)
-                self._index = (key, index)
-            return self._index[1]
 
-    def kept_index(self) -> Index | None:
-        """Return the inverse index if one is kept, whether or not it is still up to date; for counting memory."""
-        return None if self._index is None else self._index[1]
+        def build() -> Index:
+            return inverse_index.inverse(self.positions.detach(), self.valid, self.frames, self.grid, Tk)
+
+        return self._keep("index", (self.positions, self.valid, self.frames), (Tk,), build)
+
+    def records(self, exact: bool) -> Records:
+        """Return what GPU kernels read of a sample, its cell and fractions; built once, then kept.
+
+        Args:
+            exact: fractions in float32, as attention in float32 needs them; otherwise in 16 bits.
+
+        Returns:
+            base int32 ``[B, T, L, P]``, -1 where not valid; fractions float32 ``[B, T, L, P, 2]`` or int32
+            ``[B, T, L, P]``, see `zsvr_kernels.records`.
+
+        Raises:
+            RuntimeError: Triton cannot run on this device.
+        """
+
+        def build() -> Records:
+            return records.records(self.positions, self.valid, self.grid, exact)
+
+        return self._keep("exact records" if exact else "records", (self.positions, self.valid), (), build)
+
+    def hold_records(self, base: Tensor, fractions: Tensor) -> None:
+        """Keep records (16-bit fractions) that were made together with the positions, instead of building them."""
+        self._keep("records", (self.positions, self.valid), (), lambda: (base, fractions))
+
+    def _keep(self, name: str, of: tuple[Tensor, ...], extra: tuple[int, ...], build: Callable[[], Any]) -> Any:
+        """Return what was built, or build it: anew whenever a tensor in ``of`` was written to."""
+        if any(x.is_inference() for x in of):  # they do not count their changes, so nothing can be kept
+            return build()
+        key = (*extra, *(x._version for x in of))  # the tensors themselves never change for others
+        if of[0].is_cuda and torch.cuda.is_current_stream_capturing():
+            # What a graph computes is there only once it ran: it may use what is kept, but not leave anything.
+            kept = self._kept.get(name)
+            return kept.built if kept is not None and kept.key == key else build()
+        device = of[0].device
+        with _building:
+            kept = self._kept.get(name)
+            if kept is None or kept.key != key:
+                built = build()
+                stream = torch.cuda.current_stream(device) if of[0].is_cuda else None
+                kept = _Kept(key, built, stream, None if stream is None else stream.record_event())
+                self._kept[name] = kept
+            return kept.use(device)
+
+    def kept(self) -> tuple[Tensor, ...]:
+        """Return the tensors of all that is kept, whether or not it is still up to date; for counting memory."""
+        return tuple(x for kept in self._kept.values() for x in kept.built)
 
     def isolated(self) -> Tensor:
         """Return the sites that reach no other frame: bool ``[B, T, P]``, true where no other frame's slot is live."""

@@ -73,6 +73,16 @@ def check_on_cpu(**tensors: Tensor | None) -> None:
             raise ValueError(f"{name} must have memory, got a storage of {x.untyped_storage().nbytes()} bytes")
 
 
+def _check_beside(owner: Tensor, **tensors: Tensor | None) -> None:
+    """Raise ValueError unless every tensor is on the device of ``owner``; on the CPU, with memory behind it."""
+    if owner.device.type == "cpu":
+        check_on_cpu(**tensors)
+        return
+    for name, x in tensors.items():
+        if x is not None:
+            check_device(name, x, owner)
+
+
 def check_int(name: str, value: object, minimum: int | None = None) -> int:
     """Return ``value`` as an int (NumPy's ints count, bools do not), at least ``minimum``."""
     if type(value) is not int:
@@ -288,7 +298,10 @@ def check_inverse(
     valid: Tensor,  # bool [B, T, L, P]
     Tk: int,
 ) -> None:
-    """Check an inverse index of the corner gather, values too: a kernel follows them as addresses."""
+    """Check an inverse index of the corner gather; on the CPU values too: a kernel follows them as addresses.
+
+    Elsewhere kernels hold themselves inside the index, and ``samples`` may go on behind the last row.
+    """
     B, T, L, P = valid.shape
     for name, x, dtype in zip(
         ("offsets", "samples", "weights"), index, (torch.int64, torch.int32, torch.float32), strict=True
@@ -298,9 +311,11 @@ def check_inverse(
         if not x.is_contiguous():
             raise ValueError(f"{name} must be contiguous, got strides {tuple(x.stride())}")
     offsets, samples, weights = index
-    check_on_cpu(offsets=offsets, samples=samples, weights=weights)
+    _check_beside(valid, offsets=offsets, samples=samples, weights=weights)
     check_shape("offsets", offsets, (B * Tk * P + 1,), "[B*Tk*P + 1]")
     check_shape("weights", weights, tuple(samples.shape), "as samples")
+    if valid.device.type != "cpu":
+        return
     if int(offsets[0]) != 0 or int(offsets[-1]) != samples.numel() or bool((offsets[1:] < offsets[:-1]).any()):
         raise ValueError(f"offsets must rise from 0 to the number of samples, {samples.numel()}")
     if samples.numel():
@@ -376,17 +391,17 @@ def check_gradients(
         check_tensor("dlse", dlse, 4, "[B, T, P, H]")
         check_dtype("dlse", dlse, *FLOATS)
         check_shape("dlse", dlse, tuple(q.shape[:4]), "[B, T, P, H] of q")
-    check_on_cpu(d_o=d_o, dlse=dlse, lse=lse)
+    _check_beside(q, d_o=d_o, dlse=dlse, lse=lse)
     if len(needs) != wanted:
         raise ValueError(f"needs must have {wanted} entries, got {len(needs)}")
 
 
 def check_sum(name: str, target: Tensor, x: Tensor) -> None:
-    """Check a gradient ``[B, T, P, H, D]`` that native code adds to: of x's shape and dtype, contiguous, on the CPU."""
+    """Check a gradient ``[B, T, P, H, D]`` that a kernel adds to: of x's shape, dtype and device, contiguous."""
     check_tensor(name, target, 5, "[B, T, P, H, D]")
     check_dtype(name, target, x.dtype)
     check_shape(name, target, tuple(x.shape), "the shape of what it is the gradient of")
-    check_on_cpu(**{name: target})
+    _check_beside(x, **{name: target})
     if not target.is_contiguous():
         raise ValueError(f"{name} must be contiguous, got strides {tuple(target.stride())}")
 

@@ -11,71 +11,10 @@ import zsvr_kernels as zk
 from zsvr_kernels import _native, options, testing
 from zsvr_kernels.ops.correspondence_search import correspondence_search_reference, link_score_reference
 from zsvr_kernels.sampling import bilinear_sample, is_inside, nearest_site, sites
+from zsvr_kernels.testing import assert_best_sites, cosines, own_sites, random_centres, random_features, window_mask
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-INT32 = torch.iinfo(torch.int32)
 native_only = pytest.mark.skipif(not _native.is_available(), reason="the native module is not built")
-
-
-def own_sites(grid):
-    return sites(grid).to(torch.int32)
-
-
-def random_centre(N, grid, generator):
-    """Mostly one common offset from the own site, some sites apart from it, some far outside the grid."""
-    P = grid[0] * grid[1]
-    common = torch.randint(-1, 2, (N, 1, 2), generator=generator)
-    kind = torch.rand(N, P, 1, generator=generator)
-    jitter = torch.randint(-2, 3, (N, P, 2), generator=generator)
-    centre = own_sites(grid).long() + common + torch.where(kind < 0.15, jitter, 0)
-    wild = torch.tensor([INT32.min, INT32.max, -1, 1 << 20])[torch.randint(0, 4, (N, P, 2), generator=generator)]
-    return torch.where(kind > 0.92, wild, centre).to(torch.int32)
-
-
-def random_features(N, P, C, dtype, generator):
-    """Source and destination tokens; a third of the source is a noisy copy of its destination."""
-    f_src, f_dst = torch.randn(2, N, P, C, generator=generator)
-    copied = torch.rand(N, P, 1, generator=generator) < 0.3
-    return torch.where(copied, f_dst + 0.2 * f_src, f_src).to(dtype), f_dst.to(dtype)
-
-
-def cosines(f_src, f_dst):
-    """Return the definition's cosines ``[N, P, M]`` of every source token with ``f_dst [N, M, C]``."""
-    lengths = [torch.linalg.vector_norm(x, dim=-1).clamp(min=1e-6) for x in (f_src, f_dst)]
-    return (f_src[:, :, None] * f_dst[:, None]).sum(-1) / (lengths[0][:, :, None] * lengths[1][:, None])
-
-
-def window_mask(centre, grid, radius):
-    """Return bool ``[N, P, P]``: which destination sites are candidates of which source token."""
-    x = centre[..., 0].long().clamp(0, grid[1] - 1)
-    y = centre[..., 1].long().clamp(0, grid[0] - 1)
-    at = own_sites(grid).long()
-    return ((at[:, 0] - x[..., None]).abs() <= radius) & ((at[:, 1] - y[..., None]).abs() <= radius)
-
-
-def assert_best(found, f_src, f_dst, centre, grid, radius, what):
-    """Check sites and scores against every candidate in float64: another site may win on a near tie only."""
-    site, score = found
-    N, P = site.shape
-    assert site.dtype == torch.int32 and score.dtype == torch.float32
-    oracle = cosines(f_src.double(), f_dst.double())
-    oracle = oracle.masked_fill(~window_mask(centre, grid, radius) | oracle.isnan(), -torch.inf)
-    best = oracle.max(-1)
-    lowest = window_mask(centre, grid, radius).int().argmax(-1)
-    index = site.long()[..., None]
-    own = oracle.gather(-1, index)[..., 0]
-    empty = best.values == -torch.inf
-    assert torch.equal(site[empty].long(), lowest[empty]) and bool((score[empty] == -torch.inf).all()), what
-    assert bool((own[~empty] > -torch.inf).all()), f"{what}: a site outside the window, or without a number"
-    tokens = f_dst.float().gather(1, index.expand(-1, -1, f_dst.shape[2]))
-    pairs = f_src.float().reshape(N * P, 1, -1), tokens.reshape(N * P, 1, -1)
-    eager = cosines(*pairs)[:, 0].reshape(N, P)
-    testing.assert_within_budget(score, own, eager, f"{what}: score")
-    if bool((~empty).any()):
-        eps = torch.finfo(torch.float32).eps
-        budget = 2 * (float((eager - own)[~empty].abs().max()) + eps * float(own[~empty].abs().max()))
-        lost = (best.values - own)[~empty].max()
-        assert lost <= 2 * budget, f"{what}: a candidate is better by {lost:.3e}, budget {2 * budget:.3e}"
 
 
 SHAPES = [  # N, grid, C, radius
@@ -98,23 +37,23 @@ SHAPES = [  # N, grid, C, radius
 def test_search_finds_the_best_candidate(isa, dtype, shape, generator):
     N, grid, C, radius = shape
     f_src, f_dst = random_features(N, grid[0] * grid[1], C, dtype, generator)
-    for centre in (random_centre(N, grid, generator), own_sites(grid).expand(N, -1, 2)):
+    for centre in (random_centres(N, grid, generator), own_sites(grid).expand(N, -1, 2)):
         with testing.poisoned_allocations():
             found = zk.correspondence_search(f_src, f_dst, centre, grid=grid, radius=radius, backend="cpu")
-        assert_best(found, f_src, f_dst, centre, grid, radius, f"{shape} {dtype}")
+        assert_best_sites(found, f_src, f_dst, centre, grid, radius, f"{shape} {dtype}")
 
 
 def test_the_reference_finds_the_best_candidate(generator):
     for dtype in (*DTYPES, torch.float64):
         f_src, f_dst = random_features(2, 56, 40, dtype, generator)
-        centre = random_centre(2, (7, 8), generator)
+        centre = random_centres(2, (7, 8), generator)
         site, score = zk.correspondence_search(f_src, f_dst, centre, grid=(7, 8), radius=2, backend="reference")
-        assert_best((site, score.float()), f_src, f_dst, centre, (7, 8), 2, str(dtype))
+        assert_best_sites((site, score.float()), f_src, f_dst, centre, (7, 8), 2, str(dtype))
 
 
 def test_a_window_wider_than_the_grid_is_the_grid(isa, generator):
     f_src, f_dst = random_features(1, 12, 16, torch.float32, generator)
-    centre = random_centre(1, (3, 4), generator)
+    centre = random_centres(1, (3, 4), generator)
     wide, whole = (
         zk.correspondence_search(f_src, f_dst, centre, grid=(3, 4), radius=radius, backend=backend)
         for radius, backend in ((65535, "reference"), (4, "cpu"))
@@ -131,7 +70,7 @@ def test_every_offset_between_neighbours_finds_the_best(isa, generator):
         centre[:, 1::2, 0] += shift
         centre[:, 9:18] += torch.tensor((0, shift), dtype=torch.int32)
         found = zk.correspondence_search(f_src, f_dst, centre, grid=grid, radius=radius, backend="cpu")
-        assert_best(found, f_src, f_dst, centre, grid, radius, f"shift {shift}")
+        assert_best_sites(found, f_src, f_dst, centre, grid, radius, f"shift {shift}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -142,7 +81,7 @@ def test_ties_go_to_the_lowest_site(isa, radius, dtype, generator):
     alphabet = torch.randn(3, 20, generator=generator).to(dtype)
     letters = torch.randint(0, 3, (N, P), generator=generator)
     f_src = torch.randn(N, P, 20, generator=generator).to(dtype)
-    for centre in (random_centre(N, grid, generator), own_sites(grid).expand(N, -1, 2)):
+    for centre in (random_centres(N, grid, generator), own_sites(grid).expand(N, -1, 2)):
         site, _ = zk.correspondence_search(f_src, alphabet[letters], centre, grid=grid, radius=radius, backend="cpu")
         chosen = letters.gather(1, site.long())
         same = window_mask(centre, grid, radius) & (letters[:, None, :] == chosen[..., None])
@@ -160,10 +99,10 @@ def test_what_is_no_number_never_wins(isa, generator):
             n, p = hit.nonzero().unbind(1)
             x[n, p, channel[n, p]] = bad[n, p].to(dtype)
         f_dst[:, :20] = torch.nan
-        centre = random_centre(2, grid, generator)
+        centre = random_centres(2, grid, generator)
         found = zk.correspondence_search(f_src, f_dst, centre, grid=grid, radius=radius, backend="cpu")
         assert bool((found[1] == -torch.inf).any()) and bool((found[1] > 0).any())
-        assert_best(found, f_src, f_dst, centre, grid, radius, f"{dtype}")
+        assert_best_sites(found, f_src, f_dst, centre, grid, radius, f"{dtype}")
         expected = correspondence_search_reference(f_src, f_dst, centre, grid, radius)
         assert torch.equal(found[1].isinf(), expected[1].isinf())
 
@@ -198,7 +137,7 @@ def views(x):
 def test_strides_do_not_matter(isa, dtype, C, generator):
     grid = (6, 7)
     f_src, f_dst = random_features(2, 42, C, dtype, generator)
-    centre = random_centre(2, grid, generator)
+    centre = random_centres(2, grid, generator)
     where = sites(grid) + torch.randn(2, 42, 2, generator=generator)
     site, score = zk.correspondence_search(f_src, f_dst, centre, grid=grid, backend="cpu")
     linked = zk.link_score(f_src, f_dst, where, grid=grid, backend="cpu")
@@ -217,7 +156,7 @@ def test_the_number_of_threads_does_not_matter(isa, generator):
     grid = (17, 15)
     for N, C in ((1, 64), (7, 40)):
         f_src, f_dst = random_features(N, 255, C, torch.float32, generator)
-        centre = random_centre(N, grid, generator)
+        centre = random_centres(N, grid, generator)
         where = sites(grid) + torch.randn(N, 255, 2, generator=generator)
         results = []
         for count in (1, 2, 3):
@@ -378,7 +317,7 @@ def test_features_of_any_strides_correct_links(generator):
 @native_only
 def test_opcheck(generator):
     f_src, f_dst = torch.randn(2, 2, 12, 16, generator=generator)
-    centre = random_centre(2, (3, 4), generator)
+    centre = random_centres(2, (3, 4), generator)
     where = sites((3, 4)).expand(2, -1, -1).contiguous()
     torch.library.opcheck(torch.ops.zsvr.correspondence_search.default, (f_src, f_dst, centre, 3, 4, 2, "cpu"))
     torch.library.opcheck(torch.ops.zsvr.link_score.default, (f_src, f_dst, where, 3, 4, "cpu"))
@@ -388,7 +327,7 @@ def test_opcheck(generator):
 def test_torch_compile_takes_the_whole_graph(generator):
     grid = (5, 6)
     f_src, f_dst = torch.randn(2, 2, 30, 24, generator=generator)
-    centre = random_centre(2, grid, generator)
+    centre = random_centres(2, grid, generator)
 
     def both(f_src, f_dst, centre):
         site, score = zk.correspondence_search(f_src * 2, f_dst, centre, grid=grid, radius=1, backend="cpu")
@@ -455,17 +394,17 @@ def test_the_workspace_is_what_the_readme_says(generator):
     assert asked == [4 * (3 * 20 + 16)]
 
 
-def test_sampling_helpers_of_this_file_follow_the_definition(generator):
-    """The oracle above is only as good as its mask and its cosines: seed a fault and see it caught."""
+def test_the_helpers_used_here_follow_the_definition(generator):
+    """The oracle in testing.py is only as good as its mask and its cosines: seed a fault and see it caught."""
     grid, centre = (3, 4), torch.tensor([[[-5, 9]]], dtype=torch.int32).expand(1, 12, 2)
     assert window_mask(centre, grid, 1)[0, 0].nonzero().flatten().tolist() == [4, 5, 8, 9]
     f_src, f_dst = random_features(1, 12, 16, torch.float32, generator)
     site, score = correspondence_search_reference(f_src, f_dst, centre, grid, 1)
     with pytest.raises(AssertionError, match="score"):
-        assert_best((site, score + 1e-4), f_src, f_dst, centre, grid, 1, "shifted")
+        assert_best_sites((site, score + 1e-4), f_src, f_dst, centre, grid, 1, "shifted")
     second = torch.where(site == 4, 5, 4).to(torch.int32)
     worse = cosines(f_src, f_dst).gather(-1, second.long()[..., None])[..., 0]
     with pytest.raises(AssertionError, match="a candidate is better"):
-        assert_best((second, worse), f_src, f_dst, centre, grid, 1, "second best")
+        assert_best_sites((second, worse), f_src, f_dst, centre, grid, 1, "second best")
     assert torch.equal(nearest_site(sites(grid), grid), torch.arange(12))
     assert torch.equal(bilinear_sample(f_dst, sites(grid)[None], grid), f_dst)

@@ -6,7 +6,7 @@ import torch
 
 from zsvr_kernels import backends, validation
 from zsvr_kernels.links import LINK_RULES, ROUNDINGS, Links
-from zsvr_kernels.ops.chain_links import registration  # noqa: F401  (defines torch.ops.zsvr.chain_links)
+from zsvr_kernels.ops.chain_links import registration  # defines torch.ops.zsvr.chain_links
 from zsvr_kernels.ops.chain_links.reference import chain_links_reference, slot_frames
 from zsvr_kernels.trajectories import Trajectories
 
@@ -32,7 +32,7 @@ def chain_links(
         rounding: ``"nearest"`` rounds every link to a site first.
         link_rule: the link taken from a sub-pixel position is valid if it is valid at the ``"nearest"`` site, or
             at all ``"corners"`` of non-zero weight.
-        backend: ``"auto"``, ``"reference"`` or ``"cpu"``.
+        backend: ``"auto"``, ``"reference"``, ``"cpu"`` or ``"triton"``; see `explain`.
 
     Returns:
         Trajectories, 9 bytes for each of ``B*T*L*P`` slots. No gradient flows through.
@@ -61,6 +61,11 @@ def chain_links(
     nearest, corners = rounding == "nearest", link_rule == "corners"
     if backend == "reference":
         positions, valid = chain_links_reference(*fields, grid, window, nearest, corners)
+    elif backend == "triton" and not torch.compiler.is_compiling():
+        positions, valid, *records = registration.chain_with_records(*fields, grid, window, nearest, corners)
+        trajectories = Trajectories(positions, valid, slot_frames(links.frames, window, positions.device), grid)
+        trajectories.hold_records(*records)
+        return trajectories
     else:
         positions, valid = torch.ops.zsvr.chain_links(*fields, *grid, window, nearest, corners, backend)
     return Trajectories(positions, valid, slot_frames(links.frames, window, positions.device), grid)

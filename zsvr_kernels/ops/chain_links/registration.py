@@ -10,7 +10,7 @@ from torch import Tensor
 
 from zsvr_kernels.validation import check_one_device
 
-_LAUNCHERS = {"cpu": "cpu"}  # backend -> module beside this one with launch
+_LAUNCHERS = {"cpu": "cpu", "triton": "triton_launch"}  # backend -> module beside this one with launch
 
 _library = torch.library.Library("zsvr", "FRAGMENT")
 _library.define(
@@ -39,6 +39,21 @@ def _chain(
 ) -> tuple[Tensor, Tensor]:
     launch = _launcher(backend).launch
     return launch(forward, backward, valid_forward, valid_backward, (Hg, Wg), window, nearest, corners)
+
+
+def chain_with_records(
+    forward: Tensor,
+    backward: Tensor,
+    valid_forward: Tensor,
+    valid_backward: Tensor,
+    grid: tuple[int, int],
+    window: int | None,
+    nearest: bool,
+    corners: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Chain on a GPU; the launch leaves the records of trajectory attention too. Not for traced code."""
+    launch = _launcher("triton").launch_with_records
+    return launch(forward, backward, valid_forward, valid_backward, grid, window, nearest, corners)
 
 
 _library.impl("chain_links", _chain, "CompositeExplicitAutograd")

@@ -32,7 +32,7 @@ def correspondence_search(
         centre: int32 ``[N, P, 2]``, (x, y) in token-grid pixels.
         grid: ``(Hg, Wg)`` with ``Hg * Wg = P``.
         radius: r >= 0; the window has ``(2r+1)^2`` sites.
-        backend: ``"auto"``, ``"reference"`` or ``"cpu"``; see `explain`.
+        backend: ``"auto"``, ``"reference"``, ``"cpu"`` or ``"triton"``; see `explain`.
 
     Returns:
         ``site`` int32 ``[N, P]`` and its ``score`` float32 ``[N, P]``. No gradient flows through. Where no candidate's
@@ -74,7 +74,7 @@ def link_score(
         f_src, f_dst: as in `correspondence_search`.
         positions: float32 ``[N, P, 2]``, (x, y) in token-grid pixels, clamped to the border.
         grid: ``(Hg, Wg)`` with ``Hg * Wg = P``.
-        backend: ``"auto"``, ``"reference"`` or ``"cpu"``; see `explain`.
+        backend: ``"auto"``, ``"reference"``, ``"cpu"`` or ``"triton"``; see `explain`.
 
     Returns:
         float32 ``[N, P]``. No gradient flows through.

@@ -10,7 +10,10 @@ from torch import Tensor
 
 from zsvr_kernels.validation import check_one_device
 
-_LAUNCHERS = {"cpu": "cpu"}  # backend -> module beside this one with launch_search and launch_score
+_LAUNCHERS = {
+    "cpu": "cpu",
+    "triton": "triton_launch",
+}  # backend -> module beside this one with launch_search and launch_score
 
 _library = torch.library.Library("zsvr", "FRAGMENT")
 _library.define(

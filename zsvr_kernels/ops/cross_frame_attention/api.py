@@ -64,7 +64,7 @@ def cross_frame_attention(
         frames: int32 ``[T, R]``, entries -1 or 0..Tk-1; see `neighbors`.
         scale: factor on the logits; None means ``D ** -0.5``.
         return_lse: also return the log-sum-exp of the logits. It is differentiable.
-        backend: ``"auto"``, ``"reference"``, ``"cpu"`` or ``"sdpa"``; see `explain`.
+        backend: ``"auto"``, ``"reference"``, ``"cpu"``, ``"sdpa"`` or ``"triton"``; see `explain`.
         out: tensor ``[B, T, P, H, D]`` to write instead of a new one, where no gradient is needed. It must
             not share memory with an input: address ranges that overlap are refused, interleaved views too.
 

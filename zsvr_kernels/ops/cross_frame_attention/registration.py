@@ -13,7 +13,10 @@ from torch import Tensor
 
 from zsvr_kernels.validation import check_one_device, refuse_double_backward
 
-_LAUNCHERS = {"cpu": "cpu"}  # backend -> module beside this one with launch_fwd and launch_bwd
+_LAUNCHERS = {
+    "cpu": "cpu",
+    "triton": "triton_launch",
+}  # backend -> module beside this one with launch_fwd and launch_bwd
 
 _library = torch.library.Library("zsvr", "FRAGMENT")
 _library.define(

@@ -1,21 +1,25 @@
 """Cross-frame attention by torch's own SDPA kernels: a peer, and a fallback for odd head dims.
 
-On a CPU in eager mode, rows of the frame table whose frames lie side by side become overlapping views of K
-and V (no copy); rows with every second frame, as in {i-1, i+1}, do so after K and V were stored once as even
-frames, then odd frames; any other row is gathered. Elsewhere (under torch.compile, on other devices) K and V
-are gathered for the whole table and absent entries masked.
+In eager mode, rows of the frame table whose frames lie side by side become overlapping views of K and V (no
+copy); rows with every second frame, as in {i-1, i+1}, do so after K and V were stored once as even frames,
+then odd frames; any other row is gathered. That needs the table's values on the host: they are read once per
+table and kept while it lives unchanged. Where they cannot be read (under torch.compile, in the capture of a
+CUDA graph by a table that no call has seen) or no kernel takes the views, K and V are gathered for the whole
+table and absent entries masked.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
+from zsvr_kernels.ops.cross_frame_attention.sdpa_kernels import Kernel, choose
 from zsvr_kernels.validation import check_frame_values, refuse_double_backward
 
 
@@ -28,6 +32,7 @@ class _Group:
     start: int = 0
     queries: list[int] = field(default_factory=list)
     sources: list[list[int]] = field(default_factory=list)  # frames read by each query, in slot order
+    index: Tensor | None = None  # of "gather": the sources, flat, where K and V are
 
     def takes(self, storage: str, width: int, start: int, i: int) -> bool:
         if (storage, width) != (self.storage, self.width):
@@ -69,6 +74,37 @@ def plan(rows: list[list[int]], Tk: int) -> list[_Group]:
     return groups
 
 
+class _Plan(NamedTuple):
+    version: int
+    Tk: int
+    groups: list[_Group]
+
+
+_plans: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # of frame tables, as long as they live
+
+
+def _plan_of(frames: Tensor, Tk: int) -> list[_Group] | None:
+    """Return the groups of a frame table, or None while its values cannot be read.
+
+    Only the first call with a table waits for the device; tensors made in inference mode count no changes, so
+    their values are read every time.
+    """
+    version = None if frames.is_inference() else frames._version
+    kept = _plans.get(frames)
+    if kept is not None and (kept.version, kept.Tk) == (version, Tk):
+        return kept.groups
+    if frames.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return None
+    check_frame_values(frames, Tk)
+    groups = plan(frames.tolist(), Tk)
+    for group in groups:
+        if group.storage == "gather":
+            group.index = torch.tensor(group.sources, device=frames.device).flatten()
+    if version is not None:
+        _plans[frames] = _Plan(version, Tk, groups)
+    return groups
+
+
 def _query_view(x: Tensor, group: _Group) -> Tensor:  # [B, T, P, H, D] -> [B, J, H, P, D]
     queries = group.queries
     step = queries[1] - queries[0] if len(queries) > 1 else 1
@@ -85,8 +121,8 @@ class _Stores:
     def windows(self, group: _Group, b: int) -> Tensor:  # [J, H, width*P, D]
         J, P, H, D = len(group.queries), *self.x.shape[2:]
         if group.storage == "gather":
-            index = torch.tensor(group.sources, device=self.x.device).flatten()
-            return self.x[b, index].reshape(J, group.width * P, H, D).transpose(1, 2)
+            assert group.index is not None
+            return self.x[b].index_select(0, group.index).reshape(J, group.width * P, H, D).transpose(1, 2)
         source = self.x
         if group.storage == "parity":
             if self.parity is None:
@@ -102,33 +138,53 @@ class _Stores:
         )
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, groups: list[_Group], scale: float) -> tuple[Tensor, Tensor]:
+def _add_windows(total: Tensor, part: Tensor, group: _Group) -> None:
+    """Add the gradient of windows ``[J, H, width*P, D]`` to that of their frames ``[Tk, P, H, D]``.
+
+    Window j begins one stored frame after window j-1, so slot by slot the windows are a slice of the frames.
+    """
+    J, P = len(group.queries), total.shape[1]
+    parts = part.unflatten(2, (group.width, P)).permute(2, 0, 3, 1, 4)  # [width, J, P, H, D]
+    step = 2 if group.storage == "parity" else 1
+    for slot in range(group.width):
+        if group.storage == "gather":
+            for j, sources in enumerate(group.sources):
+                total[sources[slot]] += parts[slot, j]
+        else:
+            first = group.sources[0][slot]
+            total[first : first + step * (J - 1) + 1 : step] += parts[slot]
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, groups: list[_Group], scale: float, kernel: Kernel
+) -> tuple[Tensor, Tensor, list[Any]]:
     B, T, P, H, _ = q.shape
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     o = q.new_zeros(q.shape)
     lse = q.new_full((B, T, P, H), -torch.inf, dtype=wide)
     keys, values = _Stores(k), _Stores(v)
+    rests = []
     for group in groups:
         for b in range(B):
-            part, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                _query_view(q, group)[b],
-                keys.windows(group, b),
-                values.windows(group, b),
-                scale=scale,
+            part, part_lse, rest = kernel.forward(
+                _query_view(q, group)[b], keys.windows(group, b), values.windows(group, b), scale
             )
             _query_view(o, group)[b].copy_(part)
             _query_view(lse[..., None], group)[b, ..., 0].copy_(part_lse)
-    return o, lse
+            rests.append(rest)
+    return o, lse, rests
 
 
 class CrossFrameSdpaFunction(torch.autograd.Function):
     """Autograd over the window calls; autograd of overlapping views would be slow and fragile."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, groups: list[_Group], scale: float) -> tuple[Tensor, Tensor]:
-        o, lse = _forward(q, k, v, groups, scale)
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, groups: list[_Group], scale: float, kernel: Kernel
+    ) -> tuple[Tensor, Tensor]:
+        o, lse, rests = _forward(q, k, v, groups, scale, kernel)
         ctx.save_for_backward(q, k, v, o, lse)
-        ctx.groups, ctx.scale = groups, scale
+        ctx.groups, ctx.scale, ctx.kernel, ctx.rests = groups, scale, kernel, rests
         ctx.mark_non_differentiable(lse)
         return o, lse
 
@@ -136,31 +192,29 @@ class CrossFrameSdpaFunction(torch.autograd.Function):
     def backward(ctx: Any, d_o: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         refuse_double_backward("cross_frame_attention")
         q, k, v, o, lse = ctx.saved_tensors
+        if d_o.stride(-1) != 1:  # kernels take rows whose last axis is dense: an expanded gradient has none
+            d_o = d_o.contiguous()
         wide = lse.dtype
-        P = q.shape[2]
         dq = torch.zeros_like(q)
-        dk, dv = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
+        dk, dv = (x.new_zeros(x.shape, dtype=wide) for x in (k, v))
         keys, values = _Stores(k), _Stores(v)
+        rests = iter(ctx.rests)
         for group in ctx.groups:
             for b in range(q.shape[0]):
-                part_q, part_k, part_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                part_q, part_k, part_v = ctx.kernel.backward(
                     _query_view(d_o, group)[b],
                     _query_view(q, group)[b],
                     keys.windows(group, b),
                     values.windows(group, b),
                     _query_view(o, group)[b],
                     _query_view(lse[..., None], group)[b, ..., 0],
-                    0.0,
-                    False,
-                    scale=ctx.scale,
+                    next(rests),
+                    ctx.scale,
                 )
                 _query_view(dq, group)[b].copy_(part_q)
-                for j, sources in enumerate(group.sources):
-                    for slot, source in enumerate(sources):
-                        sites = slice(slot * P, (slot + 1) * P)
-                        dk[b, source] += part_k[j, :, sites].transpose(0, 1)
-                        dv[b, source] += part_v[j, :, sites].transpose(0, 1)
-        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None
+                _add_windows(dk[b], part_k, group)
+                _add_windows(dv[b], part_v, group)
+        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None
 
 
 def _gathered(q: Tensor, k: Tensor, v: Tensor, frames: Tensor, scale: float) -> Tensor:
@@ -197,11 +251,19 @@ def cross_frame_attention_sdpa(
     scale: float,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return output and lse (meaningless unless ``return_lse``); lse has no gradient here."""
-    if torch.compiler.is_compiling() or q.device.type != "cpu":
+    """Return output and lse (empty where K and V are gathered); lse has no gradient here."""
+    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    # Other devices are traced or fake: their values cannot be read either.
+    is_readable = not torch.compiler.is_compiling() and q.device.type in ("cpu", "cuda")
+    groups = _plan_of(frames, k.shape[1]) if is_readable else None
+    kernel = None if groups is None else choose(q, k, v, needs_grad)
+    if groups is None or kernel is None:
+        if return_lse:
+            raise RuntimeError(
+                "cross_frame_attention: backend 'sdpa' gives an lse only by torch's flash and efficient kernels, "
+                "which do not take this call, or whose frame table a first call outside of graph capture must see"
+            )
         return _gathered(q, k, v, frames, scale), q.new_empty(0)
-    check_frame_values(frames, k.shape[1])
-    groups = plan(frames.tolist(), k.shape[1])
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return CrossFrameSdpaFunction.apply(q, k, v, groups, scale)
-    return _forward(q, k, v, groups, scale)
+    if needs_grad:
+        return CrossFrameSdpaFunction.apply(q, k, v, groups, scale, kernel)
+    return _forward(q, k, v, groups, scale, kernel)[:2]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from zsvr_kernels import backends, validation
 from zsvr_kernels.ops.trajectory_attention.reference import trajectory_attention_reference
-from zsvr_kernels.ops.trajectory_attention.registration import TrajectoryAttentionFunction
+from zsvr_kernels.ops.trajectory_attention.registration import TrajectoryAttentionFunction, records_for
 from zsvr_kernels.trajectories import Trajectories
 
 
@@ -66,7 +66,7 @@ def trajectory_attention(
             reads entry ``b mod Bp``). Positions that require a gradient get one.
         scale: factor on the logits; None means ``D ** -0.5``.
         return_lse: also return the log-sum-exp of the logits. It is differentiable.
-        backend: ``"auto"``, ``"reference"`` or ``"cpu"``; see `explain`.
+        backend: ``"auto"``, ``"reference"``, ``"cpu"`` or ``"triton"`` (GPUs); see `explain`.
         out: tensor ``[B, T, P, H, D]`` to write instead of a new one, where no gradient is needed. It must
             not share memory with an input: address ranges that overlap are refused, interleaved views too.
 
@@ -107,18 +107,22 @@ def trajectory_attention(
     call = backends.Call("trajectory_attention", q.device.type, q.dtype, sizes.D, needs_grad, return_lse)
     backend = backends.choose(backend, call)
 
+    owner = None if torch.compiler.is_compiling() else trajectories
     if backend == "reference":
         o, lse = trajectory_attention_reference(q, k, v, positions, valid, frames, grid, scale)
     elif needs_grad:
-        owner = None if torch.compiler.is_compiling() else trajectories
         o, lse = TrajectoryAttentionFunction.apply(
             q, k, v, positions, valid, frames, owner, *grid, scale, backend, return_lse
         )
     elif out is not None:
-        lse = torch.ops.zsvr.trajectory_attention_out(q, k, v, positions, valid, frames, *grid, scale, backend, out)
+        made = records_for(backend, owner, q.dtype)
+        fields = (positions, valid, frames, *grid)
+        lse = torch.ops.zsvr.trajectory_attention_out(q, k, v, *fields, scale, backend, out, *made)
         o = out
     else:
-        o, lse = torch.ops.zsvr.trajectory_attention_fwd(q, k, v, positions, valid, frames, *grid, scale, backend)
+        made = records_for(backend, owner, q.dtype)
+        fields = (positions, valid, frames, *grid)
+        o, lse = torch.ops.zsvr.trajectory_attention_fwd(q, k, v, *fields, scale, backend, *made)
     if out is not None and o is not out:
         out.copy_(o)
         o = out

@@ -1,0 +1,33 @@
+"""Every kernel under compute-sanitizer, where the machine has it."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = pathlib.Path(__file__).with_name("sanitized.py")
+
+
+def run(*before: str) -> subprocess.CompletedProcess[str]:
+    # Without torch's cache every tensor is an allocation of its own, so that one byte too far is seen.
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    return subprocess.run([*before, sys.executable, str(SCRIPT)], env=environment, capture_output=True, text=True)
+
+
+def test_the_script_runs_by_itself(device):
+    done = run()
+    assert done.returncode == 0 and "ran every kernel" in done.stdout, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_compute_sanitizer_finds_nothing(tool, cuda):
+    found = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+    if found is None:
+        pytest.skip("compute-sanitizer is not installed")
+    done = run(found, f"--tool={tool}", "--error-exitcode=9", "--print-limit=5")
+    assert done.returncode == 0 and "ran every kernel" in done.stdout, done.stdout[-3000:] + done.stderr[-1000:]
