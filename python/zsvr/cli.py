@@ -156,7 +156,7 @@ def _arguments_of_operator(options: argparse.Namespace) -> dict[str, Any]:
 def _restore(options: argparse.Namespace, command: Sequence[str]) -> int:
     from zsvr import metrics, pipeline, video
     from zsvr.files import check_free
-    from zsvr.planning import plan
+    from zsvr.planning import needed_bytes, plan
     from zsvr.restoration import Sampling
     from zsvr.temporal.settings import Temporal
 
@@ -177,6 +177,14 @@ def _restore(options: argparse.Namespace, command: Sequence[str]) -> int:
     if options.dry_run:
         _print(str(plan(job)))
         return OK
+    needed, fitting = needed_bytes(job)
+    frames = max(len(shot) for shot in job.restoration.shots)
+    _say(f"{frames} frames at a time need {needed / 1e9:.2f} GB beside the weights; about {fitting} would fit")
+    if fitting < frames:
+        raise MemoryError(
+            f"{frames} frames do not fit into the free memory of {job.restoration.y.device}: restore fewer at a time "
+            f"(--stop {options.start + max(fitting, 1)}), in bf16 (--dtype bf16), or smaller ones"
+        )
     result = job.start(Bar(options.quiet))
     for note in video.write(
         options.output, result.frames, rate=result.rate, times=result.times, sound=result.sound,

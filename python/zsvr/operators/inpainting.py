@@ -7,7 +7,6 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor
 
@@ -20,6 +19,8 @@ from zsvr.operators.separable import apply, convolution
 FILL_STD = 8.0  # pixels, of the Gaussian that fills holes in a preview
 FILL_FLOOR = 1e-3
 
+WHITE = 128 / 255 - 1e-6  # the darkest grey that counts as white
+
 
 def read_mask(path: str | os.PathLike[str]) -> Tensor:
     """Read a mask from a picture or a video: bool ``[frames, H, W]``, true where it is brighter than half.
@@ -31,18 +32,9 @@ def read_mask(path: str | os.PathLike[str]) -> Tensor:
     """
     if not pathlib.Path(path).is_file():
         raise FileNotFoundError(f"no mask at {path}")
-    try:
-        import av
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("reading a mask needs PyAV: pip install av") from error
-    try:
-        with av.open(str(path)) as container:
-            frames = [frame.to_ndarray(format="gray") for frame in container.decode(video=0)]
-    except (av.error.FFmpegError, IndexError) as error:
-        raise ValueError(f"{path} is no picture or video: {error}") from error
-    if not frames:
-        raise ValueError(f"{path} holds no picture")
-    return torch.from_numpy(numpy.stack(frames)) >= 128
+    from zsvr.video import stream
+
+    return torch.stack([frame.picture.mean(0) >= WHITE for frame in stream(path)])
 
 
 class Inpaint(Operator):

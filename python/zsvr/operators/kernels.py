@@ -91,6 +91,12 @@ def parse(text: str) -> Tensor | tuple[Tensor, Tensor]:
         raise ValueError(f"kernel {text!r}: {error}") from error
 
 
+def is_separable(kernel: str | Tensor | tuple[Tensor, Tensor]) -> bool:
+    """Return whether a kernel is given as a row and a column: one list of taps, or two."""
+    given = parse(kernel) if isinstance(kernel, str) else kernel
+    return not (isinstance(given, Tensor) and given.dim() == 2)
+
+
 def as_separable(kernel: str | Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Return the vertical and the horizontal kernel, float64 ``[taps]`` each, odd and of sum 1.
 

@@ -6,16 +6,17 @@ import inspect
 import json
 import os
 import pathlib
-import secrets
 from typing import Any
 
 from torch import Tensor
 
+from zsvr.files import new_file
 from zsvr.operators.base import Operator
 from zsvr.operators.blur import FourierBlur, SeparableBlur
 from zsvr.operators.composition import Compose
 from zsvr.operators.downscaling import AverageDownscale, BicubicDownscale
 from zsvr.operators.inpainting import Inpaint
+from zsvr.operators.kernels import is_separable
 from zsvr.operators.pixelwise import Denoise, Gray, LowLight
 
 REGISTRY: dict[str, type[Operator]] = {
@@ -40,7 +41,8 @@ def make(task: str, **arguments: Any) -> Operator:
     """Return the operator of a name or task.
 
     Args:
-        task: a name in `REGISTRY`, or a task: ``"sr"`` (sr_bicubic), ``"deblur"`` (blur_sep), ``"colorize"`` (gray).
+        task: a name in `REGISTRY`, or a task: ``"sr"`` (sr_bicubic), ``"deblur"`` (blur_sep, or blur_fft for a kernel
+            that is no product of a row and a column), ``"colorize"`` (gray).
         arguments: of that operator. Operators inside ``"compose"`` may be descriptions as `describe` returns them.
 
     Raises:
@@ -52,6 +54,8 @@ def make(task: str, **arguments: Any) -> Operator:
         sr_bicubic(scale=4)
     """
     name = TASKS.get(task, task)
+    if task == "deblur" and not is_separable(arguments.get("kernel", "gaussian")):
+        name = FourierBlur.name
     if name not in REGISTRY:
         raise ValueError(f"unknown task or operator {task!r}: expected one of {', '.join(sorted({*TASKS, *REGISTRY}))}")
     cls = REGISTRY[name]
@@ -88,19 +92,10 @@ def save(operator: Operator, path: str | os.PathLike[str], *, overwrite: bool = 
         ModuleNotFoundError: safetensors is not installed.
     """
     safetensors = _safetensors()
-    target = pathlib.Path(path)
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"{target.parent} is no folder, so {target.name} cannot be written there")
-    if target.exists() and not overwrite:
-        raise FileExistsError(f"{target} exists; overwrite=True replaces it")
     tensors: dict[str, Tensor] = {}
-    facts = json.dumps(_without_tensors(operator.describe(), tensors))
-    partial = target.with_name(f".{target.name}.{secrets.token_hex(6)}.partial")
-    try:
-        safetensors.torch.save_file(tensors, str(partial), {"format": FORMAT, "operator": facts})
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
+    facts = {"format": FORMAT, "operator": _without_tensors(operator.describe(), tensors)}
+    with new_file(path, overwrite=overwrite) as partial:  # one key: several would be written in any order
+        safetensors.torch.save_file(tensors, str(partial), {"facts": json.dumps(facts, sort_keys=True)})
 
 
 def load(path: str | os.PathLike[str]) -> Operator:
@@ -116,11 +111,11 @@ def load(path: str | os.PathLike[str]) -> Operator:
         raise FileNotFoundError(f"no operator at {path}")
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise ValueError(f"it holds {metadata.get('format', 'no format')!r}, expected {FORMAT!r}")
+            facts = json.loads((file.metadata() or {}).get("facts", "{}"))
+            if facts.get("format") != FORMAT:
+                raise ValueError(f"it holds {facts.get('format', 'no format')!r}, expected {FORMAT!r}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return from_description(_with_tensors(json.loads(metadata["operator"]), tensors))
+        return from_description(_with_tensors(facts["operator"], tensors))
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no file of operators.save, or it is damaged: {error}") from error
 

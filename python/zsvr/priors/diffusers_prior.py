@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from zsvr.files import hash_tensors
 from zsvr.priors import text, weights_cache
 from zsvr.priors.base import Prior
+from zsvr.schedule import alphas_bar_from_config
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 SMALLEST_LEVEL = 2.0**-24  # abar of a schedule that ends in pure noise, so that x0 can be divided by its root
@@ -236,23 +237,12 @@ def alphas_bar(schedule: dict[str, Any]) -> Tensor:
     Raises:
         ValueError: it is no schedule of betas (flow matching, Karras et al., stochastic differential equations).
     """
-    from diffusers import DDPMScheduler
-
     if schedule.get("beta_schedule") is None and schedule.get("trained_betas") is None:
         raise ValueError(
             f"the scheduler {schedule.get('_class_name', 'without a name')} has no betas: a prior must be a network of "
             "discrete-time diffusion (DDPM)"
         )
-    names = (
-        "num_train_timesteps",
-        "beta_start",
-        "beta_end",
-        "beta_schedule",
-        "trained_betas",
-        "rescale_betas_zero_snr",
-    )
-    scheduler: Any = DDPMScheduler(**{name: schedule[name] for name in names if name in schedule})
-    return torch.cumprod(1 - scheduler.betas.double(), 0).clamp(min=SMALLEST_LEVEL)
+    return alphas_bar_from_config(schedule).clamp(min=SMALLEST_LEVEL)
 
 
 def open_diffusers(
