@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import pathlib
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
-from restoration_models import SIZE, moving, tiny_unet
+from restoration_models import SIZE, moving, tiny_prior, tiny_unet
 
 import zsvr
 from zsvr import cli, restoration, video
@@ -99,6 +101,15 @@ def test_info_and_help(folder, capsys):
     with pytest.raises(SystemExit) as stopped:
         run("restore")
     assert stopped.value.code == 2
+
+
+def test_the_example_of_the_readme_runs(capsys):
+    text = (pathlib.Path(__file__).resolve().parents[2] / "python" / "zsvr" / "README.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(compile(block, "README.md", "exec"), {"prior": tiny_prior()})
+    assert "layers patched" in capsys.readouterr().out
+    for line in re.findall(r"^zsvr (\w+)", text, re.MULTILINE):
+        assert line in cli.COMMANDS
 
 
 def test_importing_is_light():

@@ -82,7 +82,7 @@ def test_foreign_and_damaged_files_are_refused(tmp_path):
         (lambda: make("deblur", kernel="gaussian:9,0"), ValueError, "std must be a positive"),
         (lambda: make("deblur", kernel="gaussian:9,x"), ValueError, "gaussian:9,x"),
         (lambda: make("deblur", kernel="uniform:9,2"), ValueError, "uniform:9,2"),
-        (lambda: make("deblur", kernel="motion:15,0"), ValueError, "blur_fft takes any kernel"),
+        (lambda: make("blur_sep", kernel="motion:15,0"), ValueError, "blur_fft takes any kernel"),
         (lambda: make("deblur", kernel=torch.ones(4)), ValueError, "odd length"),
         (lambda: make("deblur", kernel=torch.zeros(3)), ValueError, "positive sum"),
         (lambda: make("blur_fft", kernel=torch.full((3, 3), float("nan"))), ValueError, "finite"),
