@@ -10,8 +10,8 @@ import sys
 
 import pytest
 import torch
-import zsvr
 
+import zsvr
 import zsvr_kernels as zk
 from zsvr_kernels import _native, backends, testing
 

@@ -17,18 +17,24 @@ def quantize(clip: Tensor) -> Tensor:
     return torch.floor(clip.clamp(0, 1) * 255 + 0.5) / 255
 
 
-def psnr(output: Tensor, truth: Tensor) -> float:
-    """Return the mean over frames of ``-10 log10 mse``, at most 100 dB; both ``[T, 3, H, W]``."""
+def psnr_frames(output: Tensor, truth: Tensor) -> Tensor:
+    """Return ``-10 log10 mse`` of every frame, at most 100 dB, float64 ``[T]``; both ``[T, C, H, W]``."""
     mse = (output.double() - truth.double()).square().mean((1, 2, 3))
-    return float((-10 * torch.log10(mse.clamp(min=1e-10))).mean())
+    return -10 * torch.log10(mse.clamp(min=1e-10))
 
 
-def ssim(output: Tensor, truth: Tensor) -> float:
-    """Return the mean SSIM over frames and channels: Gaussian 11x11 of std 1.5, valid region; ``[T, 3, H, W]``.
+def psnr(output: Tensor, truth: Tensor) -> float:
+    """Return the mean of `psnr_frames`."""
+    return float(psnr_frames(output, truth).mean())
 
-    Source: Wang et al. 2004; equals scikit-image with gaussian_weights and population covariance.
+
+def ssim_frames(output: Tensor, truth: Tensor) -> Tensor:
+    """Return every frame's mean SSIM over channels, float64 ``[T]``; both ``[T, C, H, W]``, sides of 11 or more.
+
+    Gaussian 11x11 of std 1.5, valid region. Source: Wang et al. 2004; equals scikit-image with gaussian_weights and
+    population covariance.
     """
-    offsets = torch.arange(11, dtype=torch.float64) - 5
+    offsets = torch.arange(11, dtype=torch.float64, device=output.device) - 5
     kernel = torch.exp(-(offsets**2) / (2 * 1.5**2))
     kernel = kernel / kernel.sum()
 
@@ -36,13 +42,21 @@ def ssim(output: Tensor, truth: Tensor) -> float:
         x = F.conv2d(x, kernel[None, None, :, None])
         return F.conv2d(x, kernel[None, None, None, :])
 
-    a, b = (x.double().flatten(0, 1)[:, None] for x in (output, truth))
-    mean_a, mean_b = blur(a), blur(b)
-    var_a, var_b = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2
-    covariance = blur(a * b) - mean_a * mean_b
-    c1, c2 = 0.01**2, 0.03**2
-    numerator = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
-    return float((numerator / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))).mean())
+    def of_frame(output: Tensor, truth: Tensor) -> Tensor:  # [C, H, W] each, so that little memory is held
+        a, b = (x.double()[:, None] for x in (output, truth))
+        mean_a, mean_b = blur(a), blur(b)
+        var_a, var_b = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2
+        covariance = blur(a * b) - mean_a * mean_b
+        c1, c2 = 0.01**2, 0.03**2
+        numerator = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
+        return (numerator / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))).mean()
+
+    return torch.stack([of_frame(a, b) for a, b in zip(output, truth, strict=True)])
+
+
+def ssim(output: Tensor, truth: Tensor) -> float:
+    """Return the mean of `ssim_frames`."""
+    return float(ssim_frames(output, truth).mean())
 
 
 def occluded(forward: Tensor, backward: Tensor) -> Tensor:
@@ -58,21 +72,32 @@ def occluded(forward: Tensor, backward: Tensor) -> Tensor:
     return mismatch | edge | ~inside_pixels(forward)
 
 
+def warping_errors(output: Tensor, forward: Tensor, counted: Tensor) -> Tensor:
+    """Return the mean squared difference of every frame and its warped successor, float64 ``[T-1]``.
+
+    Args:
+        output: ``[T, 3, H, W]`` in [0, 1].
+        forward: flow ``[T-1, 2, H, W]`` of the reference video.
+        counted: bool ``[T-1, H, W]``, pixels to count; a pair without any gives 0.
+    """
+    visible = counted[:, None].double()
+    error = (warp(output[1:], forward) - output[:-1]).double().square() * visible
+    count = output.shape[1] * visible.sum((1, 2, 3))
+    return error.sum((1, 2, 3)) / count.clamp(min=1)
+
+
 def warping_error(output: Tensor, forward: Tensor, backward: Tensor) -> float:
-    """Return the warping error in units of 1e-2: squared difference of a frame and its warped successor.
+    """Return the warping error in units of 1e-2: 100 times the mean of `warping_errors` where flow is not `occluded`.
 
     Args:
         output: ``[T, 3, H, W]`` in [0, 1].
         forward, backward: flow ``[T-1, 2, H, W]`` of the reference video.
 
     Returns:
-        Mean over pairs of the mean over pixels that are not occluded, times 100; NaN for one frame.
+        The mean over pairs; NaN for one frame.
 
     Source: Lai et al., Learning Blind Video Temporal Consistency, ECCV 2018.
     """
     if len(output) < 2:
         return math.nan
-    visible = (~occluded(forward, backward))[:, None].double()
-    error = (warp(output[1:], forward) - output[:-1]).double().square() * visible
-    count = 3 * visible.sum((1, 2, 3))
-    return 100 * float((error.sum((1, 2, 3)) / count.clamp(min=1)).mean())
+    return 100 * float(warping_errors(output, forward, ~occluded(forward, backward)).mean())

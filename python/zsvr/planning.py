@@ -1,0 +1,140 @@
+"""What a run will take, before it runs: layers, memory, time from one timed step."""
+
+from __future__ import annotations
+
+import os
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from zsvr.pipeline import Job
+from zsvr.priors.base import Prior
+from zsvr.restoration import _Window, describe_shots
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors that are alive, without holding any."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen: dict[int, int] = {}
+
+    def _forget(self, key: int) -> None:
+        self.now -= self._seen.pop(key, 0)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if not isinstance(x, Tensor):
+                continue
+            storage = x.untyped_storage()
+            key = id(storage)
+            if key not in self._seen:
+                self._seen[key] = storage.nbytes()
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._forget, key)
+        self.peak = max(self.peak, self.now)
+        return out
+
+
+def network_bytes(prior: Prior, frames: int, size: tuple[int, int], device: torch.device, *, gradient: bool) -> int:
+    """Return the bytes that one call of the network needs beside its weights, from a call with one frame.
+
+    Args:
+        frames: T of the call. size: of what is denoised, ``(h, w)``.
+        gradient: activations are kept for a backward.
+    """
+    with torch.set_grad_enabled(gradient), _LiveBytes() as live:
+        x = torch.zeros(1, prior.channels, *size, device=device, requires_grad=gradient)
+        prior.predict(x, 0)
+    return live.peak * frames
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return the bytes that are free on a device now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `plan` found; ``str(plan)`` is a report.
+
+    Attributes:
+        facts: lines of (what, value).
+        seconds: of one sampling operation, measured.
+        total_seconds: of the whole run, estimated from it.
+        needed_bytes, free_bytes: of the device. frames_that_fit: T that the free memory allows.
+        layers: table of the attention layers.
+    """
+
+    facts: tuple[tuple[str, str], ...]
+    seconds: float
+    total_seconds: float
+    needed_bytes: int
+    free_bytes: int
+    frames_that_fit: int
+    layers: str
+
+    def __str__(self) -> str:
+        width = max(len(name) for name, _ in self.facts)
+        lines = [f"{name:<{width}}  {value}" for name, value in self.facts]
+        return "\n".join(lines + ([self.layers] if self.layers else []))
+
+
+def _gigabytes(count: float) -> str:
+    return f"{count / 1e9:.2f} GB"
+
+
+def needed_bytes(job: Job) -> tuple[int, int]:
+    """Return the bytes that a run needs beside the weights, and how many frames the free memory allows."""
+    clip = job.restoration
+    longest = max(len(shot) for shot in clip.shots)
+    guides = clip.temporal.guidance is not None and clip.temporal.guidance.target == "x"
+    gradient = clip.host.needs_network_gradient or guides
+    network = network_bytes(clip.prior, longest, clip.size, clip.y.device, gradient=gradient)
+    state = clip.y.nbytes + 8 * 4 * longest * clip.prior.channels * clip.size[0] * clip.size[1]
+    flow = 0 if clip.flow is None else sum(x.nbytes for x in clip.flow.tensors().values())
+    needed = network + state + flow
+    return needed, int(longest * free_bytes(clip.y.device) / max(needed, 1))
+
+
+def plan(job: Job, clock: Callable[[], float] = time.perf_counter) -> Plan:
+    """Time one sampling operation and return what the whole run will take."""
+    clip = job.restoration
+    needed, fitting = needed_bytes(job)
+    window = _Window(clip, clip.shots[0], None)
+    with window.installed():
+        started = clock()
+        next(iter(window.run(0, 1)))
+        if clip.y.is_cuda:
+            torch.cuda.synchronize(clip.y.device)
+        seconds = clock() - started
+    share = sum(len(shot) for shot in clip.shots) / len(clip.shots[0])
+    total = seconds * len(clip.operations) * share
+    weights = sum(p.nbytes for p in clip.prior.model.parameters())
+    on = clip.temporal
+    facts = (
+        ("clip", f"{clip.frames} frames, canvas {clip.canvas[1]}x{clip.canvas[0]}, measured {tuple(clip.y.shape[1:])}"),
+        ("shots", describe_shots(clip.shots)),
+        ("operator", str(clip.operator)),
+        ("prior", f"{type(clip.prior).__name__}, {_gigabytes(weights)} of weights on {clip.y.device}"),
+        ("host", f"{clip.host.name}, {len(clip.operations)} operations, {clip.steps[0]}..{clip.steps[clip.last]}"),
+        ("attention", "off" if on.slr is None else f"{on.slr.combine}, frames {on.slr.frames}"),
+        ("guidance", "off" if on.guidance is None else f"gain {on.guidance.gain:g}, {on.guidance.norm}"),
+        ("noise", on.noise.sharing),
+        ("memory", f"{_gigabytes(needed)} beside the weights, {_gigabytes(free_bytes(clip.y.device))} free: "
+                   f"about {fitting} frames fit"),
+        ("time", f"{seconds:.2f} s for one operation (the first, warm-up included), about {total / 60:.1f} min in all"),
+    )  # fmt: skip
+    layers = "" if clip.patch is None else str(clip.patch)
+    return Plan(facts, seconds, total, needed, free_bytes(clip.y.device), fitting, layers)

@@ -1,0 +1,127 @@
+"""The command line: what people type, what they see, exit statuses, faults that lose nothing."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from restoration_models import SIZE, moving, tiny_prior, tiny_unet
+
+import zsvr
+from zsvr import cli, restoration, video
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Return a folder with a clean clip and a diffusers folder of a tiny random network."""
+    root = tmp_path_factory.mktemp("cli")
+    video.write(root / "clean.mkv", moving(3), lossless=True, rate=12)
+    from diffusers import DDPMScheduler
+
+    tiny_unet().save_pretrained(root / "prior" / "unet")
+    DDPMScheduler().save_pretrained(root / "prior" / "scheduler")
+    (root / "prior" / "model_index.json").write_text(json.dumps({
+        "_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"],
+        "scheduler": ["diffusers", "DDPMScheduler"],
+    }))  # fmt: skip
+    return root
+
+
+def run(*arguments) -> int:
+    return cli.main([str(x) for x in arguments])
+
+
+def test_degrade_restore_evaluate(folder, tmp_path, capsys):
+    degraded, restored = tmp_path / "small.mkv", tmp_path / "restored.mkv"
+    assert run("degrade", folder / "clean.mkv", degraded, "--task", "sr_avg", "--scale", 4) == 0
+    assert video.read(degraded).frames.shape == (3, 3, SIZE // 4, SIZE // 4)
+    common = ("--prior", folder / "prior", "--steps", 3, "--lossless", "--device", "cpu", "--quiet")
+    assert run("restore", degraded, restored, *common, "--run", tmp_path / "run") == 0
+    out = video.read(restored)
+    assert out.frames.shape == (3, 3, SIZE, SIZE) and out.rate == 12
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["operator"]["name"] == "sr_avg" and config["options"]["attention.combine"] == "serial"
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["seconds"] > 0
+    capsys.readouterr()
+    assert run("evaluate", restored, "--reference", folder / "clean.mkv", "--json", tmp_path / "m.json") == 0
+    assert "psnr" in capsys.readouterr().out.lower()
+    assert json.loads((tmp_path / "m.json").read_text())
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(folder, tmp_path, capsys):
+    status = run("restore", folder / "clean.mkv", tmp_path / "out.mp4", "--prior", folder / "prior", "--task",
+                 "denoise", "--sigma", 0.1, "--steps", 4, "--dry-run", "--device", "cpu")  # fmt: skip
+    text = capsys.readouterr().out
+    assert status == 0 and not list(tmp_path.iterdir())
+    for word in ("shots", "memory", "frames fit", "time", "attention layers patched", "ddnm+"):
+        assert word in text, text
+
+
+def test_errors_are_one_line_and_nothing_is_overwritten(folder, tmp_path, capsys):
+    out = tmp_path / "out.mp4"
+    out.write_bytes(b"mine")
+    clean, prior = folder / "clean.mkv", ("--prior", folder / "prior", "--device", "cpu")
+    cases = [
+        (("restore", clean, out, *prior, "--task", "denoise", "--sigma", 0.1), "overwrite"),
+        (("restore", clean, tmp_path / "a.mp4", *prior), "name the task"),
+        (("restore", tmp_path / "none.mp4", tmp_path / "a.mp4", *prior, "--task", "sr", "--scale", 2), "none.mp4"),
+        (("restore", clean, tmp_path / "a.mp4", "--prior", tmp_path / "no.pt", "--task", "denoise"), "no.pt"),
+        (("restore", clean, tmp_path / "a.mp4", *prior, "--task", "denoise", "--sigma", 0.1, "--set", "x.y=1"), "x.y"),
+        (("restore", clean, tmp_path / "a.mp4", *prior, "--task", "upscale"), "upscale"),
+        (("degrade", clean, tmp_path / "a.mkv"), "name the task"),
+    ]
+    for arguments, expected in cases:
+        assert run(*arguments) in (1, 2)
+        said = capsys.readouterr().err
+        assert expected in said and "Traceback" not in said, said
+    assert out.read_bytes() == b"mine" and [p.name for p in tmp_path.iterdir()] == ["out.mp4"]
+
+
+def test_an_interrupted_run_leaves_no_output(folder, tmp_path, monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(restoration._Window, "_step", interrupt)
+    status = run("restore", folder / "clean.mkv", tmp_path / "out.mp4", "--prior", folder / "prior", "--task",
+                 "denoise", "--sigma", 0.1, "--steps", 3, "--device", "cpu", "--quiet")  # fmt: skip
+    assert status == 130 and not list(tmp_path.iterdir()) and "interrupted" in capsys.readouterr().err
+
+
+def test_info_and_help(folder, capsys):
+    assert run("info") == 0 and "torch" in capsys.readouterr().out
+    assert run("info", folder / "clean.mkv") == 0 and str(SIZE) in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stopped:
+        run("--help")
+    assert stopped.value.code == 0 and "examples:" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stopped:
+        run("restore")
+    assert stopped.value.code == 2
+
+
+def test_the_example_of_the_readme_runs(capsys):
+    text = (pathlib.Path(__file__).resolve().parents[2] / "python" / "zsvr" / "README.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(compile(block, "README.md", "exec"), {"prior": tiny_prior()})
+    assert "layers patched" in capsys.readouterr().out
+    for line in re.findall(r"^zsvr (\w+)", text, re.MULTILINE):
+        assert line in cli.COMMANDS
+
+
+def test_importing_is_light():
+    script = "import sys, zsvr, zsvr.cli; print(sorted({'diffusers', 'cv2', 'av', 'transformers'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+    assert zsvr.restore is not None and "restore" in dir(zsvr)
+
+
+def test_a_profile_adds_up(capsys):
+    assert run("bench", "--width", 32, "--size", 32, "--frames", 2, "--steps", 1, "--device", "cpu") == 0
+    text = capsys.readouterr().out
+    for word in ("network", "attention", "guidance", "host", "outside network and attention"):
+        assert word in text
+    assert torch.get_default_dtype() == torch.float32

@@ -1,0 +1,181 @@
+"""Opening priors: what decides, what is refused, what a description says."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from saved_folders import XL, latent_folder, pixel_folder
+
+from zsvr import priors
+from zsvr.priors import weights_cache
+
+
+def test_open_decides_by_what_the_path_is(tmp_path):
+    folder = pixel_folder(tmp_path / "net")
+    assert isinstance(priors.open(str(folder)), priors.PixelPrior)
+    assert isinstance(priors.open(f"diffusers:{folder}"), priors.PixelPrior)
+    with pytest.raises(FileNotFoundError, match=r"nothing.*embedded"):
+        priors.open(tmp_path / "nothing")
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        priors.open(f"diffusers:{tmp_path / 'nothing'}")
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        priors.open(f"adm:{tmp_path / 'nothing.pt'}")
+    torch.save({"x": torch.zeros(1)}, tmp_path / "other.pt")
+    for source in (tmp_path / "other.pt", f"adm:{tmp_path / 'other.pt'}"):
+        with pytest.raises(ValueError, match="guided-diffusion"):
+            priors.open(source)
+    (tmp_path / "model.ckpt").touch()
+    with pytest.raises(ValueError, match="converted to such a folder"):
+        priors.open(tmp_path / "model.ckpt")
+    with pytest.raises(LookupError, match="no embedded prior"):
+        priors.open("embedded")
+
+
+def test_registered_names_call_their_factory(monkeypatch):
+    monkeypatch.setattr(priors, "_factories", dict(priors._factories))
+    made = []
+    priors.register("mine", lambda **options: made.append(options))
+    priors.open("mine", size=3)
+    assert made == [{"size": 3}]
+    for name in ("", "a/b", "a.pt", "adm:x"):
+        with pytest.raises(ValueError, match="must not look like a path"):
+            priors.register(name, lambda: None)
+
+
+def break_json(folder: Any, name: str, **changes: Any) -> None:
+    path = folder / name
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "match"),
+    [
+        ({"in_channels": 1, "out_channels": 1}, {}, "images of 1 channels"),
+        ({"out_channels": 4}, {}, "conditioned on another image"),
+        ({"sample_size": None}, {}, "give size="),
+        ({}, {"prompt": "a"}, "takes no prompt"),
+        ({}, {"guidance_scale": 2.0}, "takes no prompt"),
+        ({}, {"label": 1}, "label 1"),
+        ({}, {"prediction": "x0"}, "epsilon, v_prediction, sample"),
+        ({}, {"dtype": torch.float64}, "float32, float16 or bfloat16"),
+        ({"time_embedding_type": "fourier"}, {}, "another kind of diffusion"),
+    ],
+)
+def test_pixel_models_that_are_no_priors_are_refused(config, options, match, tmp_path):
+    with pytest.raises(ValueError, match=match):
+        priors.open(pixel_folder(tmp_path, **config), **options)
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "match"),
+    [
+        ({"in_channels": 9}, {}, "takes 9 channels and gives 4"),
+        ({"num_class_embeds": 10}, {}, "an upscaler"),
+        ({"cross_attention_dim": 24}, {}, "give width 16, the U-Net takes 24"),
+        ({"vae": {"latent_channels": 3}}, {}, "3 latent channels, the U-Net 4"),
+        ({}, {"label": 1}, "takes a prompt, no label"),
+        ({}, {"vae_frames": 0}, "vae_frames must be at least 1"),
+        ({"encoders": 1, **XL, "cross_attention_dim": 16}, {}, "the encoders give none"),
+    ],
+)
+def test_latent_models_that_are_no_priors_are_refused(config, options, match, tmp_path):
+    with pytest.raises(ValueError, match=match):
+        priors.open(latent_folder(tmp_path, **config), **options)
+
+
+def test_missing_and_broken_files_are_named(tmp_path):
+    folder = latent_folder(tmp_path)
+    (folder / "tokenizer").rename(tmp_path / "away")
+    with pytest.raises(FileNotFoundError, match="needs its tokenizer"):
+        priors.open(folder)
+    (tmp_path / "away").rename(folder / "tokenizer")
+    break_json(folder, "text_encoder/config.json", architectures=["T5EncoderModel"])
+    with pytest.raises(ValueError, match="T5EncoderModel"):
+        priors.open(folder)
+    break_json(folder, "text_encoder/config.json", architectures=["CLIPTextModel"])
+    break_json(folder, "vae/config.json", _class_name="VQModel")
+    with pytest.raises(ValueError, match="holds a VQModel"):
+        priors.open(folder)
+    (folder / "vae" / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="no diffusers folder with a vae"):
+        priors.open(folder)
+    break_json(folder, "unet/config.json", _class_name="FluxTransformer2DModel")
+    with pytest.raises(ValueError, match="FluxTransformer2DModel"):
+        priors.open(folder)
+    (folder / "scheduler" / "scheduler_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"scheduler_config\.json is no JSON"):
+        priors.open(folder)
+    (folder / "scheduler" / "scheduler_config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="with a scheduler"):
+        priors.open(folder)
+    (folder / "unet" / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="with a unet"):
+        priors.open(folder)
+
+
+def test_unconditional_latent_models_are_refused(tmp_path):
+    break_json(pixel_folder(tmp_path), "model_index.json", vqvae=["diffusers", "VQModel"])
+    with pytest.raises(ValueError, match="unconditional latent model"):
+        priors.open(tmp_path)
+
+
+def test_weights_of_a_variant_are_asked_for_by_name(tmp_path):
+    folder = pixel_folder(tmp_path)
+    plain = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    plain.rename(folder / "unet" / "diffusion_pytorch_model.fp16.safetensors")
+    with pytest.raises(FileNotFoundError, match="variant='fp16'"):
+        priors.open(folder)
+    prior = priors.open(folder, variant="fp16")
+    assert list(prior.describe()["sha256"]) == ["diffusion_pytorch_model.fp16.safetensors"]
+    next((folder / "unet").glob("*.safetensors")).unlink()
+    with pytest.raises(FileNotFoundError, match="has no weights"):
+        priors.open(folder)
+
+
+class Bomb:
+    def __reduce__(self) -> Any:
+        return (exec, ("import pathlib; pathlib.Path('bomb').touch()",))
+
+
+def test_pickles_of_objects_are_not_executed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = pixel_folder(tmp_path)
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.unlink()
+    torch.save({"conv_in.weight": Bomb()}, weights.with_suffix(".bin"))
+    with pytest.raises(Exception, match=r"(?i)weights|unpickl|load"):
+        priors.open(folder)
+    assert not (tmp_path / "bomb").exists()
+
+
+def test_a_description_says_what_a_run_needs_to_know(tmp_path):
+    folder = latent_folder(tmp_path)
+    prior = priors.open(folder, prompt="a", guidance_scale=2.0)
+    described = json.loads(json.dumps(prior.describe()))
+    assert described["kind"] == "diffusers latent" and described["prompt"] == "a"
+    assert described["path"] == str(folder) and described["guidance_scale"] == 2.0
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    assert described["sha256"] == {file.name: weights_cache.file_digest(file)}
+    assert described["config"]["cross_attention_dim"] == 16
+    assert described["remarks"] == []
+
+
+def test_steps_outside_the_schedule_are_refused(tmp_path):
+    prior = priors.open(pixel_folder(tmp_path))
+    for step in (-1, 1000):
+        with pytest.raises(ValueError, match=r"0\.\.999"):
+            prior.predict(torch.zeros(1, 3, 16, 16), step)
+
+
+def test_importing_priors_imports_none_of_the_libraries():
+    code = (
+        "import sys, zsvr.priors, zsvr.temporal, zsvr.temporal.semantic; "
+        "sys.exit(', '.join({'diffusers', 'transformers', 'safetensors', 'cv2', 'av'} & set(sys.modules)) or 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
