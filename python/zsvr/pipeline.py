@@ -226,7 +226,7 @@ def open_job(
     )  # fmt: skip
     folder = None if run is None else runs.Run.create(run, config, command=command)
     if flow is None and settings.needs_flow and len(y) > 1:
-        flow = _flow(settings, chosen, y, clean, flow_path, place, folder)
+        flow = _flow(settings, chosen, y, clean, flow_path, start, place, folder)
     if flow is not None and bool(flow.cuts.any()):
         parts = [0, *(flow.cuts.nonzero().flatten() + 1).tolist(), len(y)]
         shots = [range(a, b) for a, b in itertools.pairwise(parts)]
@@ -238,7 +238,7 @@ def open_job(
         encoder = open_clip_encoder(guidance.clip, device=place)
 
     def reestimate(u: Tensor) -> Flow:
-        return _estimate(settings, u, flow_path, place, None)
+        return _estimate(settings, u, flow_path, start, place, None)
 
     restoration = Restoration(
         y.to(place), chosen, opened, method, settings, schedule,
@@ -276,6 +276,7 @@ def _flow(
     y: Tensor,
     clean: Tensor | None,
     path: Path | None,
+    start: int,
     device: torch.device,
     folder: runs.Run | None,
 ) -> Flow:
@@ -285,11 +286,13 @@ def _flow(
         seen = clean
     else:
         seen = operator.preview(y)
-    return _estimate(settings, seen, path, device, folder)
+    return _estimate(settings, seen, path, start, device, folder)
 
 
-def _estimate(settings: Temporal, u: Tensor, path: Path | None, device: torch.device, folder: runs.Run | None) -> Flow:
-    estimator = flows.estimator(settings.flow.estimator, path=path, device=device)
+def _estimate(
+    settings: Temporal, u: Tensor, path: Path | None, start: int, device: torch.device, folder: runs.Run | None
+) -> Flow:
+    estimator = flows.estimator(settings.flow.estimator, path=path, device=device, start=start)
     if folder is not None:
         return folder.flow(u.float().cpu(), estimator, settings.flow)
     return flows.estimate(u.float().cpu(), estimator, settings.flow)

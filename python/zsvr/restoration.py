@@ -122,6 +122,13 @@ class Restoration:
             )
         if prior.factor > 1 and self.acts_on_latents and host.needs_network_gradient:
             raise ValueError(f"host {host.name!r} needs gradients through a latent prior's decoder: use ddnm or gdp")
+        guidance = self.temporal.guidance
+        through = host.needs_network_gradient or (guidance is not None and guidance.target == "x")
+        if guidance is not None and guidance.x0_blend > 0 and through:
+            raise ValueError(
+                "guidance.x0_blend replaces clean estimates, which cuts the gradient through the network that host "
+                "'dps' and guidance.target='x' need: switch one of them off"
+            )
         self.frames = len(y)
         self.size = (self.canvas[0] // prior.factor, self.canvas[1] // prior.factor)
         needs_flow = self.temporal.needs_flow and self.frames > 1
@@ -243,7 +250,11 @@ class _Window:
                 model.enable_gradient_checkpointing()
                 stack.callback(model.disable_gradient_checkpointing)
             if self.context is not None:
-                patch = zk.patched(model, self.context, expected_count=clip.prior.expected_count)
+                options, default = self.context.options, zk.SLROptions()
+                names = ("layers", "stages", "min_tokens", "max_tokens")
+                takes_all = all(getattr(options, name) == getattr(default, name) for name in names)
+                count = clip.prior.expected_count if takes_all else None
+                patch = zk.patched(model, self.context, expected_count=count)
                 clip.patch = stack.enter_context(patch)
             yield
 
@@ -304,7 +315,7 @@ class _Window:
         shift = torch.zeros_like(x0.detach())
         if self.guidance is not None:
             variance = schedule.coefficients(a, 1.0 if is_last else a_schedule).var_small
-            if not x0.requires_grad:
+            if not x0.requires_grad:  # else x0_blend is refused
                 x0 = self.guidance.blend(x0, k, clip.K)
             shift = self.guidance.shift(x0.detach(), k, clip.K, held=self.held, variance=variance)
         z = torch.zeros_like(shift) if is_last else self._noise("step", clip.steps[k], visit)

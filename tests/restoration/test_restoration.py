@@ -178,6 +178,32 @@ def test_parts_that_do_not_fit_are_named(prior):
         Sampling(latent_host="magic")
 
 
+def test_blending_needs_no_gradient_through_the_network(prior):
+    operator, clean = operators.make("sr_avg", scale=4), moving(3)
+    blended = Temporal.preset("paper", {"guidance.x0_blend": 0.5})
+    assert not torch.equal(
+        restoration(prior, clean, operator, "ddnm", blended, 4).run(),
+        restoration(prior, clean, operator, "ddnm", "paper", 4).run(),
+    )
+    with pytest.raises(ValueError, match="x0_blend"):
+        restoration(prior, clean, operator, "dps", blended, 4)
+    through = Temporal.preset("paper", {"guidance.target": "x"})
+    restoration(prior, clean, operator, "ddnm", through, 3).run()
+    with pytest.raises(ValueError, match="x0_blend"):
+        restoration(prior, clean, operator, "ddnm", through.with_({"guidance.x0_blend": 0.5}), 4)
+
+
+def test_a_choice_of_layers_is_no_wrong_count(prior, monkeypatch):
+    monkeypatch.setattr(prior, "expected_count", 7)
+    some = Temporal.preset("paper", {"attention.layers": ["up_blocks*"]})
+    run = restoration(prior, moving(2), operators.make("sr_avg", scale=4), "ddnm", some, 2)
+    run.run()
+    assert 0 < len(run.patch.patched) < 7
+    monkeypatch.setattr(prior, "expected_count", 16)
+    with pytest.raises(RuntimeError, match="expected 16"):
+        restoration(prior, moving(2), operators.make("sr_avg", scale=4), "ddnm", "paper", 2).run()
+
+
 def test_errors_fall_on_average(prior):
     operator, clean = operators.make("sr_avg", scale=4), moving(2)
     for host in ("gdp", "dps"):
