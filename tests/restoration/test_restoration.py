@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
@@ -225,3 +226,42 @@ def test_the_public_function(prior, tmp_path):
     with pytest.raises(FileExistsError, match="another run"):
         zsvr.restore(moving(3), prior=prior, task="sr_avg", operator={"scale": 2}, mode="synthetic", steps=4,
                      run=tmp_path / "run", device="cpu")  # fmt: skip
+
+
+def test_flow_from_files_and_clip_from_a_folder(prior, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.CLIPVisionConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8,
+        projection_dim=12,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.CLIPVisionModelWithProjection(config).save_pretrained(tmp_path / "clip")
+    flow = torch.zeros(2, 2, SIZE, SIZE)
+    flow[:, 0] = -2.0
+    flows.write_flow(tmp_path / "flow", flow, -flow)
+    common = {"prior": prior, "task": "sr_avg", "operator": {"scale": 2}, "mode": "synthetic", "device": "cpu"}
+    given = {"flow.estimator": "given", "flow.source": "given"}
+    results = [
+        zsvr.restore(
+            moving(3), temporal=Temporal.preset("paper", changes), steps=4, flow_path=tmp_path / "flow", **common
+        )
+        for changes in (given, {**given, "guidance.clip": str(tmp_path / "clip"), "guidance.sem_every": 1})
+    ]
+    assert not torch.equal(results[0].frames, results[1].frames)
+    assert not any("cut" in note for note in results[0].notes)
+    with pytest.raises((ValueError, FileNotFoundError), match="path"):
+        zsvr.restore(moving(3), temporal=Temporal.preset("paper", given), steps=2, **common)
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        zsvr.restore(moving(2), temporal=Temporal.preset("paper", {"guidance.clip": str(tmp_path / "no")}), steps=2,
+                     **common)  # fmt: skip
+
+
+def test_a_compiled_network_gives_the_same(monkeypatch):
+    # Everything but the code generator, which takes minutes.
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
+    )
+    common = {"task": "sr_avg", "operator": {"scale": 2}, "mode": "synthetic", "device": "cpu", "steps": 2}
+    plain = zsvr.restore(moving(2), prior=tiny_prior(), **common)
+    compiled = zsvr.restore(moving(2), prior=tiny_prior(), compile=True, **common)
+    torch.testing.assert_close(plain.frames, compiled.frames, rtol=1e-3, atol=1e-4)
