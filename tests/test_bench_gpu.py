@@ -62,6 +62,8 @@ def test_the_fingerprint_follows_the_sources(tmp_path):
     (tmp_path / "bench" / "a.py").write_text("1")
     before = source_hash(tmp_path)
     (tmp_path / "bench" / "notes.md").write_text("2")
+    (tmp_path / "zsvr_kernels").mkdir()
+    (tmp_path / "zsvr_kernels" / "_native_build.txt").write_text("no compiler")  # between one run and the next
     assert source_hash(tmp_path) == before
     (tmp_path / "bench" / "a.py").write_text("2")
     assert source_hash(tmp_path) != before
@@ -392,6 +394,16 @@ def test_peers_of_gpus_compute_the_operator():
     torch.testing.assert_close(found["sdpa_flash"](), peers.sdpa_on_concat(q, k, v, rows))  # a CPU has this one alone
     with pytest.raises(RuntimeError):
         found["sdpa_cudnn"]()
+
+
+@pytest.mark.parametrize("op", ["cross_frame_attention", "trajectory_attention", "correspondence_search", "link_score"])
+def test_no_peer_brings_numbers_from_the_host_which_a_graph_cannot_capture(op):
+    work = workload.BUILD[op](shapes.Case(op, "tiny", 3, "fp32", "fwd", 0))
+    eager = [call for name, call in work.contestants.items() if "ours" not in name and name not in race.COMPILED]
+    assert eager
+    with mock.patch.object(torch, "tensor", side_effect=AssertionError("a tensor of numbers from the host")):
+        for call in eager:
+            call()
 
 
 def test_windows_overlap_and_are_what_they_say():

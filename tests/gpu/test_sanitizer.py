@@ -29,5 +29,9 @@ def test_compute_sanitizer_finds_nothing(tool, cuda):
     found = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if found is None:
         pytest.skip("compute-sanitizer is not installed")
-    done = run(found, f"--tool={tool}", "--error-exitcode=9", "--print-limit=5")
+    # What CUDA's functions return is PyTorch's to judge: it asks for what a driver may not have.
+    options = ("--report-api-errors=no",) if tool == "memcheck" else ()
+    done = run(found, f"--tool={tool}", "--error-exitcode=9", "--print-limit=5", *options)
+    if "Device not supported" in done.stdout + done.stderr:
+        pytest.skip("compute-sanitizer does not support this device")
     assert done.returncode == 0 and "ran every kernel" in done.stdout, done.stdout[-3000:] + done.stderr[-1000:]
