@@ -15,6 +15,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+from bench.gpu import __main__ as entry  # noqa: E402
 from bench.gpu import processes, report  # noqa: E402
 from bench.gpu.state import Deadline, State  # noqa: E402
 
@@ -40,6 +41,11 @@ for name in ("dies", "sleeps", "is fine"):
     state.keep(name, "atomics", "done", 0.1, result={{"rows": []}})
     state.leave()
 """
+
+
+def test_a_gpu_that_does_not_answer_is_missing(monkeypatch, capsys):
+    monkeypatch.setattr(entry, "PROBE_SECONDS", 0.01)
+    assert entry.main(["--dry"]) == 2 and "finds its GPU within" in capsys.readouterr().out
 
 
 def test_a_step_that_kills_its_process_fails_alone(state, tmp_path):
