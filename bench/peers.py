@@ -211,8 +211,8 @@ def grid_sample_attention(
     Hg, Wg = grid
     T, L = rows.shape
     H, D = q.shape[3:]
-    size = torch.tensor((Wg, Hg), dtype=torch.float32, device=q.device)
-    where = ((positions[0] + 0.5) * (2 / size) - 1).reshape(T * L, Hg, Wg, 2)
+    x, y = (positions[0] + 0.5).unbind(-1)  # no tensor of numbers from the host: no graph captures that
+    where = torch.stack((x * (2 / Wg) - 1, y * (2 / Hg) - 1), -1).reshape(T * L, Hg, Wg, 2)
 
     def sample(source: Tensor) -> Tensor:
         images = source[0].float().reshape(-1, Hg, Wg, H * D).permute(0, 3, 1, 2)  # [Tk, C, Hg, Wg]

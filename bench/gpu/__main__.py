@@ -23,14 +23,16 @@ from bench.gpu.state import Deadline, State, source_hash
 
 ROOT = processes.ROOT
 TEST_SHARE = 0.45  # of the time left when tests begin
+PROBE_SECONDS = 120.0
 
 
 def probe(dry: bool) -> dict[str, Any]:
     """Return what `bench.gpu.probe` finds; it has a process of its own, so that this one never touches the GPU."""
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.gpu.probe", *(["--dry"] if dry else [])],
-        cwd=ROOT, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    command = [sys.executable, "-m", "bench.gpu.probe", *(["--dry"] if dry else [])]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PROBE_SECONDS)
+    except subprocess.TimeoutExpired:
+        return {"missing": [f"a torch that finds its GPU within {PROBE_SECONDS:.0f} s"]}
     if done.returncode:
         said = done.stderr.strip().splitlines()
         return {"missing": [f"a torch that can be imported: {said[-1] if said else 'it failed'}"]}

@@ -54,10 +54,9 @@ def child(command: list[str], log: pathlib.Path) -> Iterator[subprocess.Popen[by
     try:
         yield process
     finally:
-        if process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        with contextlib.suppress(ProcessLookupError):  # it may have left processes of its own
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def tail(log: pathlib.Path, lines: int = 12) -> str:
@@ -125,6 +124,16 @@ def junit(path: pathlib.Path) -> dict[str, Any]:
     return counts | {"failed": failed[:50], "skips": reasons[:10]}
 
 
+def interrupt(processes: list[subprocess.Popen[bytes]]) -> None:
+    """Let pytest say what it has found so far; it is not waited for longer than `GRACE`."""
+    stop = time.monotonic() + GRACE
+    for process in processes:
+        process.send_signal(signal.SIGINT)
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=max(stop - time.monotonic(), 0.0))
+
+
 def run_tests(state: State, files: list[str], out: pathlib.Path, deadline: Deadline) -> None:
     """Run test files, several at a time; what the deadline cuts off is run again next time."""
     waiting = [f for f in files if state.get(f"tests {f}") is None]
@@ -143,20 +152,33 @@ def run_tests(state: State, files: list[str], out: pathlib.Path, deadline: Deadl
                 running[name] = (process, time.monotonic(), one.close)
             for name, (process, start, close) in list(running.items()):
                 seconds = time.monotonic() - start
-                if process.poll() is None and seconds < TEST_SECONDS:
+                is_over = process.poll() is None
+                if is_over and seconds < TEST_SECONDS:
                     continue
+                if is_over:
+                    interrupt([process])
                 close()
                 del running[name]
                 slug = name.removesuffix(".py").replace("/", "-")
                 try:
                     result = junit(out / "tests" / f"{slug}.xml")
                 except (OSError, ValueError, ElementTree.ParseError):
-                    why = f"exit status {process.returncode}" if seconds < TEST_SECONDS else f"over {TEST_SECONDS} s"
-                    said = tail(out / "tests" / f"{slug}.log", 3)
-                    result = {"tests": 0, "failures": 0, "errors": 1, "skipped": 0, "skips": [],
-                              "failed": [[name, f"{why}: {said}"]]}  # fmt: skip
+                    said = "" if is_over else f"exit status {process.returncode}: "
+                    said += tail(out / "tests" / f"{slug}.log", 3)
+                    result = {
+                        "tests": 0,
+                        "failures": 0,
+                        "errors": 1,
+                        "skipped": 0,
+                        "skips": [],
+                        "failed": [[name, said]],
+                    }
+                if is_over:
+                    result["errors"] += 1
+                    result["failed"].append([name, f"over {TEST_SECONDS:.0f} s"])
                 state.keep(f"tests {name}", "tests", "done", seconds, result=result)
             time.sleep(0.1)
+        interrupt([process for process, _, _ in running.values()])  # their logs say what failed until now
 
 
 def run_workers(

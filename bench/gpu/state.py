@@ -13,6 +13,7 @@ from typing import Any
 Record = dict[str, Any]
 SOURCES = ("zsvr_kernels", "bench", "tests", "csrc", "setup.py", "CMakeLists.txt")
 SUFFIXES = (".py", ".cpp", ".h", ".txt")
+BUILT = "_native_build.txt"  # written by a build that failed, after which a run must still go on
 
 
 def source_hash(root: pathlib.Path) -> str:
@@ -21,7 +22,7 @@ def source_hash(root: pathlib.Path) -> str:
     for name in SOURCES:
         top = root / name
         for path in sorted(top.rglob("*")) if top.is_dir() else [top]:
-            if path.suffix in SUFFIXES and path.is_file():
+            if path.suffix in SUFFIXES and path.name != BUILT and path.is_file():
                 digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 

@@ -18,10 +18,16 @@ IDS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 DTYPES = [torch.float32, torch.float16] if _triton.is_interpreted else [torch.float32, torch.float16, torch.bfloat16]
 
 
+# What torch warns of on any GPU, once per process: that its search for waiting is new, that TF32 is off.
+SAID_ANYWAY = ("Synchronization debug mode is a prototype", "TensorFloat32 tensor cores")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if HERE in pathlib.Path(item.path).parents:
             item.add_marker(pytest.mark.gpu)
+            for said in SAID_ANYWAY:
+                item.add_marker(pytest.mark.filterwarnings(f"ignore:{said}"))
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 import zsvr_kernels as zk
 from zsvr_kernels import testing
+from zsvr_kernels.ops.cross_frame_attention import sdpa
 
 attentions = pytest.mark.parametrize("name", calls.ATTENTIONS)
 
@@ -154,6 +155,8 @@ def test_sdpa_under_capture(is_seen, cuda):
     expected = call(*inputs, backend="reference")
     if is_seen:
         call(*inputs, backend="sdpa")
+    else:  # what torch sets up at a kernel's first call (cuDNN's handle) no graph captures
+        sdpa._gathered(*inputs, frames, inputs[0].shape[-1] ** -0.5)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
