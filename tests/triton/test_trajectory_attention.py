@@ -140,6 +140,8 @@ def test_no_clip_at_all(device, generator):
     with testing.poisoned_allocations():
         results = differentiate(attend(trajectories), (q, k, v, trajectories.positions), upstream(q, generator))
     assert all(x.numel() == 0 for x in results[:5]) and (results[5] == 0).all()
+    out = zk.trajectory_attention(q.requires_grad_(), k, v, trajectories, backend="triton")
+    assert torch.autograd.grad(out.sum(), q)[0].shape == q.shape
 
 
 def test_what_no_launch_can_check_is_absent(device, generator):

@@ -195,7 +195,7 @@ def plan_bwd(
     )
     dq, dk, dv, dpositions = gradients
     needs_pairs = any(needs[1:])
-    clips = max(1, min(B, PAIR_BYTES // (8 * T * L * P * H))) if needs_pairs else B
+    clips = max(1, min(B, PAIR_BYTES // (8 * T * L * P * H)) if needs_pairs else B)
     n = clips if needs_pairs else 0
     pairs = lse.new_empty((n, T, L, P, H), dtype=torch.int64)
     query, site, sample = (_constants(name, target, q, grid) for name in ("queries", "sites", "samples"))
