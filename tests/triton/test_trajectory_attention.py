@@ -144,6 +144,17 @@ def test_no_clip_at_all(device, generator):
     assert torch.autograd.grad(out.sum(), q)[0].shape == q.shape
 
 
+def test_frames_that_32_bits_do_not_reach_are_refused(device):
+    grid = (1 << 11, 1 << 11)
+    q = torch.zeros(64, dtype=torch.float16, device=device).as_strided((1, 1, 1 << 22, 8, 64), (0, 0, 0, 0, 1))
+    positions = torch.zeros(2, device=device).expand(1, 1, 1, 1 << 22, 2)
+    valid = torch.ones(1, dtype=torch.bool, device=device).expand(1, 1, 1, 1 << 22)
+    fields = positions, valid, torch.zeros(1, 1, dtype=torch.int32, device=device), grid
+    triton_launch._check(*[q[..., :56]] * 3, *fields)
+    with pytest.raises(ValueError, match=r"P\*H\*D"):
+        triton_launch._check(q, q, q, *fields)
+
+
 def test_what_no_launch_can_check_is_absent(device, generator):
     q, k, v, trajectories = inputs((1, 1, 2, 2, (3, 5), 2, 16, 3), torch.float16, device, generator, dead=0.0)
     trajectories.frames.fill_(1)
