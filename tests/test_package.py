@@ -66,6 +66,26 @@ def test_the_package_works_without_the_native_module():
     assert "C++20 compiler" in run("-c", code)
 
 
+@pytest.mark.parametrize(
+    ("found", "said"), [("'3.6.0'", "3.6.0"), ("'3.2.1+rocm'", "3.2.1"), ("None", "not installed")]
+)
+def test_triton_may_come_from_a_distribution_of_another_name(found, said):
+    code = (
+        "import torch, importlib.metadata as m, importlib.machinery, sys, types\n"
+        "real = m.version\n"
+        "def version(name):\n"
+        "    if name == 'triton': raise m.PackageNotFoundError(name)\n"
+        "    return real(name)\n"
+        "m.version = version\n"
+        "triton = types.ModuleType('triton')\n"
+        "triton.__spec__ = importlib.machinery.ModuleSpec('triton', None)\n"
+        f"if {found}: triton.__version__ = {found}\n"
+        "sys.modules['triton'] = triton\n"
+        "import zsvr_kernels as zk; print(zk.build_info()['triton'])\n"
+    )
+    assert said in run("-c", code)
+
+
 def test_explain_names_the_choice_and_each_refusal(capsys):
     q = torch.randn(1, 2, 6, 1, 12)
     explanation = zk.explain("cross_frame_attention", q, q, q, zk.neighbors(2))

@@ -7,6 +7,7 @@ A `Launch` is made from metadata alone, so the same description runs on a GPU, i
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -28,10 +29,23 @@ SHARED_MEMORY = {
 }
 
 
-def _why_missing() -> str:
+def _version() -> str | None:
+    """Return the release of Triton that an import would find, None if there is none."""
     if importlib.util.find_spec("triton") is None:
+        return None
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        # From a distribution of another name, as torch's for AMD GPUs: only the module itself can say.
+        return getattr(importlib.import_module("triton"), "__version__", None)
+
+
+version = _version()
+
+
+def _why_missing() -> str:
+    if version is None:
         return "triton is not installed (pip install 'triton>=3.6')"
-    version = importlib.metadata.version("triton")
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
         return f"triton {version} is installed; it takes 3.6 and later"
     return ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 from typing import Any
 
@@ -47,5 +46,5 @@ def build_info() -> BuildInfo:
     info["threads"] = f"{_native.threads()} ({pool})"
     info["cuda_archs"] = "none: no CUDA C++ kernels in this version"
     info["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    info["triton"] = _triton.why_missing or importlib.metadata.version("triton")
+    info["triton"] = _triton.why_missing or str(_triton.version)
     return info

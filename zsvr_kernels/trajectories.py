@@ -38,6 +38,11 @@ class _Kept:
         return self.built
 
 
+def _is_captured(x: Tensor) -> bool:
+    """Return whether what is called on this tensor now becomes part of a CUDA graph instead of running."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 class Trajectories:
     """Positions of every query token in L slots, each slot a frame of the clip.
 
@@ -52,6 +57,10 @@ class Trajectories:
     The backward of `trajectory_attention` needs the inverse of the gather. It is built once and kept here, 8 bytes
     for each of up to 4 corners of every live slot (on GPUs of every slot), until positions or validity are written to.
     So are the records that GPU kernels read, 8 bytes for each slot, 12 for float32 attention.
+
+    A CUDA graph whose capture finds either kept reads that memory in every replay: the trajectories must live as long
+    as the graph, and new values in ``positions`` or ``valid`` do not reach it. One that finds nothing kept builds it
+    in every replay.
     """
 
     def __init__(self, positions: Tensor, valid: Tensor, frames: Tensor, grid: Grid) -> None:
@@ -60,6 +69,7 @@ class Trajectories:
         self._valid = valid
         self._frames = frames
         self._kept: dict[str, _Kept] = {}
+        self._captured: list[tuple[Tensor, ...]] = []  # graphs know its addresses, so it outlives its place in _kept
 
     @property
     def positions(self) -> Tensor:
@@ -161,10 +171,15 @@ class Trajectories:
         if any(x.is_inference() for x in of):  # they do not count their changes, so nothing can be kept
             return build()
         key = (*extra, *(x._version for x in of))  # the tensors themselves never change for others
-        if of[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        if _is_captured(of[0]):
             # What a graph computes is there only once it ran: it may use what is kept, but not leave anything.
-            kept = self._kept.get(name)
-            return kept.built if kept is not None and kept.key == key else build()
+            with _building:
+                kept = self._kept.get(name)
+                if kept is not None and kept.key == key:
+                    if not any(kept.built is x for x in self._captured):
+                        self._captured.append(kept.built)
+                    return kept.built
+            return build()
         device = of[0].device
         with _building:
             kept = self._kept.get(name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 
@@ -138,6 +140,19 @@ def test_no_clip_at_all(device, generator):
     with testing.poisoned_allocations():
         results = differentiate(attend(trajectories), (q, k, v, trajectories.positions), upstream(q, generator))
     assert all(x.numel() == 0 for x in results[:5]) and (results[5] == 0).all()
+    out = zk.trajectory_attention(q.requires_grad_(), k, v, trajectories, backend="triton")
+    assert torch.autograd.grad(out.sum(), q)[0].shape == q.shape
+
+
+def test_frames_that_32_bits_do_not_reach_are_refused(device):
+    grid = (1 << 11, 1 << 11)
+    q = torch.zeros(64, dtype=torch.float16, device=device).as_strided((1, 1, 1 << 22, 8, 64), (0, 0, 0, 0, 1))
+    positions = torch.zeros(2, device=device).expand(1, 1, 1, 1 << 22, 2)
+    valid = torch.ones(1, dtype=torch.bool, device=device).expand(1, 1, 1, 1 << 22)
+    fields = positions, valid, torch.zeros(1, 1, dtype=torch.int32, device=device), grid
+    triton_launch._check(*[q[..., :56]] * 3, *fields)
+    with pytest.raises(ValueError, match=r"P\*H\*D"):
+        triton_launch._check(q, q, q, *fields)
 
 
 def test_what_no_launch_can_check_is_absent(device, generator):
@@ -301,6 +316,33 @@ def test_records_are_kept_until_positions_change(device, generator):
     out = zk.trajectory_attention(q, k, v, trajectories, backend="triton")
     fresh = zk.Trajectories(trajectories.positions, trajectories.valid, trajectories.frames, (3, 5))
     assert torch.equal(out, zk.trajectory_attention(q, k, v, fresh, backend="triton"))
+
+
+def test_what_a_graph_was_captured_with_stays_in_memory(device, generator, monkeypatch):
+    trajectories = inputs((1, 1, 2, 2, (3, 5), 1, 16, 2), torch.float16, device, generator)[3]
+    kept = trajectories.records(False)
+    alive = weakref.ref(kept[0])
+    with monkeypatch.context() as patch:
+        patch.setattr(zk.trajectories, "_is_captured", lambda x: True)
+        assert trajectories.records(False) is kept and trajectories.records(False) is kept
+        exact = weakref.ref(trajectories.records(True)[0])
+    assert exact() is None, "what a capture builds is not kept"
+    del kept
+    trajectories.positions.add_(0.5)
+    trajectories.records(False)
+    assert alive() is not None, "a replay would read freed memory"
+
+
+def test_a_score_that_is_not_a_number_shows_in_lse(dtype, device, generator):
+    q, k, v, trajectories = inputs((1, 1, 2, 2, (3, 5), 1, 16, 2), dtype, device, generator, dead=0.0)
+    clean = zk.trajectory_attention(q, k, v, trajectories, return_lse=True, backend="triton")
+    q[0, 0, 4] = float("nan")
+    for got, expected in zip(
+        zk.trajectory_attention(q, k, v, trajectories, return_lse=True, backend="triton"), clean, strict=True
+    ):
+        assert got[0, 0, 4].isnan().all()
+        got[0, 0, 4] = expected[0, 0, 4]
+        assert torch.equal(got, expected)
 
 
 def test_records_that_do_not_fit_are_refused(device, generator):

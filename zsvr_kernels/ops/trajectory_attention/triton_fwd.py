@@ -151,7 +151,7 @@ def _trajectory_attention_fwd_kernel(
         o_even = o_even * alpha + x_even
         o_odd = o_odd * alpha + x_odd
 
-    is_any = b_l > 0.0
+    is_any = b_l != 0.0  # true of NaN: a score that is NaN shows in lse too
     b_l = tl.where(is_any, b_l, 1.0)
     b_o = channels(o_even, o_odd, KIND) / b_l
     SPAN: tl.constexpr = BLOCK if KIND == 0 else 2 * BLOCK

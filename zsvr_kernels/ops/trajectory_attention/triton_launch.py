@@ -37,6 +37,8 @@ def _check(
     T, L, P = valid.shape[1:]
     if 2 * L * P >= _BELOW or T * L * P >= _BELOW:
         raise ValueError(f"T*L*P must be below 2^31 and L*P below 2^30, got T={T}, L={L}, P={P}")
+    if P * sizes.H * sizes.D >= _BELOW:  # whatever the inputs' strides: gradients and copies are contiguous
+        raise ValueError(f"P*H*D must be below 2^31, got P={P}, H={sizes.H}, D={sizes.D}")
 
 
 def _is_dense(x: Tensor) -> bool:
@@ -195,7 +197,7 @@ def plan_bwd(
     )
     dq, dk, dv, dpositions = gradients
     needs_pairs = any(needs[1:])
-    clips = max(1, min(B, PAIR_BYTES // (8 * T * L * P * H))) if needs_pairs else B
+    clips = max(1, min(B, PAIR_BYTES // (8 * T * L * P * H)) if needs_pairs else B)
     n = clips if needs_pairs else 0
     pairs = lse.new_empty((n, T, L, P, H), dtype=torch.int64)
     query, site, sample = (_constants(name, target, q, grid) for name in ("queries", "sites", "samples"))
