@@ -165,14 +165,13 @@ def _arguments_of_operator(options: argparse.Namespace) -> dict[str, Any]:
 
 def _restore(options: argparse.Namespace, command: Sequence[str]) -> int:
     from zsvr import metrics, pipeline, video
-    from zsvr.files import check_free
     from zsvr.planning import needed_bytes, plan
     from zsvr.restoration import Sampling
     from zsvr.temporal.settings import Temporal
 
     measures = metrics.MetricOptions(**dict(options.metric))
     if not options.dry_run:
-        check_free(options.output, overwrite=options.overwrite)
+        video.check_target(options.output, lossless=options.lossless, overwrite=options.overwrite)
     arguments = _arguments_of_operator(options)
     job = pipeline.open_job(
         options.input, prior=options.prior, prior_options=dict(options.prior_option), task=options.task,

@@ -260,6 +260,9 @@ def open_job(
         options, inputs=inputs, weights=weights, seed=seed,
         extra={"operator": _plain(chosen.describe()), "prior": opened.describe()},
     )  # fmt: skip
+    first = chosen.select(range(1))  # one frame needs no flow: what does not fit is found before anything is made
+    method.start(y[:1], first, seed)
+    Restoration(y[:1], first, opened, method, settings, schedule, seed=seed)
     folder = None if run is None else runs.Run.create(run, config, command=command)
     if flow is None and settings.needs_flow and len(y) > 1:
         flow = _flow(settings, chosen, y, clean, flow_path, start, place, folder)

@@ -209,7 +209,7 @@ class _Window:
         self.held = torch.zeros(len(ids), dtype=torch.bool, device=device)
         flow = None if clip.flow is None else clip.flow.window(ids).to(device)
         self.context = self._context(flow)
-        self.guidance = None if flow is None else self._guidance(flow)
+        self.guidance = self._guidance(flow)
         self.state = clip.host.start(self.y, self.operator, clip.seed, previous)
         self.result = torch.empty(0)
 
@@ -226,17 +226,23 @@ class _Window:
             return zk.VideoContext(frames=len(self.ids), ids=list(self.ids), options=options, size=clip.size)
         return flow.context(options=options, ids=list(self.ids), size=clip.size)
 
-    def _guidance(self, flow: Flow) -> ConsistencyGuidance | None:
+    def _guidance(self, flow: Flow | None) -> ConsistencyGuidance | None:
         options, clip = self.clip.temporal.guidance, self.clip
         if options is None or len(self.ids) == 1:
             return None
+        decode = clip.prior.decode if clip.prior.factor > 1 else None
+        if flow is None:  # the semantic level follows none
+            still = torch.zeros(len(self.ids) - 1, 2, *clip.size, device=clip.y.device)
+            nowhere = torch.zeros(len(self.ids) - 1, *clip.size, dtype=torch.bool, device=clip.y.device)
+            return ConsistencyGuidance(
+                options, still, still, nowhere, nowhere, ids=list(self.ids), encoder=clip.encoder, decode=decode
+            )
         fields = []
         for field, occ in ((flow.forward, flow.occ_forward), (flow.backward, flow.occ_backward)):
             if clip.size != clip.canvas:
                 field, occ = resize_flow(field, clip.size), pool_occlusion(occ, clip.size)
             fields.append((field, ~occ & inside_pixels(field)))
         (forward, good_forward), (backward, good_backward) = fields
-        decode = clip.prior.decode if clip.prior.factor > 1 else None
         return ConsistencyGuidance(
             options, forward, backward, good_forward, good_backward,
             ids=list(self.ids), encoder=clip.encoder, decode=decode,

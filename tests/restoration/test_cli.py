@@ -63,7 +63,8 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(folder, tmp_path, capsys):
         assert word in text, text
 
 
-def test_errors_are_one_line_and_nothing_is_overwritten(folder, tmp_path, capsys):
+def test_errors_are_one_line_and_nothing_is_overwritten(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(restoration._Window, "_step", lambda *_: pytest.fail("sampled before everything was checked"))
     out = tmp_path / "out.mp4"
     out.write_bytes(b"mine")
     clean, prior = folder / "clean.mkv", ("--prior", folder / "prior", "--device", "cpu")
@@ -74,6 +75,8 @@ def test_errors_are_one_line_and_nothing_is_overwritten(folder, tmp_path, capsys
         (("restore", clean, tmp_path / "a.mp4", "--prior", tmp_path / "no.pt", "--task", "denoise"), "no.pt"),
         (("restore", clean, tmp_path / "a.mp4", *prior, "--task", "denoise", "--sigma", 0.1, "--set", "x.y=1"), "x.y"),
         (("restore", clean, tmp_path / "a.mp4", *prior, "--task", "upscale"), "upscale"),
+        (("restore", clean, tmp_path / "a.xyz", *prior, "--task", "denoise", "--sigma", 0.1), "unknown kind of video"),
+        (("restore", clean, tmp_path / "a.gif", *prior, "--task", "denoise", "--sigma", 0.1, "--lossless"), "a.gif"),
         (("degrade", clean, tmp_path / "a.mkv"), "name the task"),
     ]
     for arguments, expected in cases:

@@ -112,6 +112,23 @@ def test_low_light_keeps_no_graph_of_the_network(prior, monkeypatch):
     assert states == [False] * 3
 
 
+def test_the_semantic_level_needs_no_flow(prior):
+    def encoder(u):
+        return torch.nn.functional.avg_pool2d(u, 8).flatten(1)
+
+    operator, clean = operators.make("sr_avg", scale=2), moving(3)
+    results = []
+    for gain in (0.0, 1.0):
+        temporal = Temporal.preset("batch_consistent", {"guidance.gain": 0.0, "guidance.clip": "an encoder is given",
+                                                        "guidance.sem_gain": gain,
+                                                        "guidance.sem_every": 1})  # fmt: skip
+        assert not temporal.needs_flow
+        run = Restoration(degrade(clean, operator).y, operator, prior, hosts.make("gdp"), temporal, Sampling(3),
+                          encoder=encoder)  # fmt: skip
+        results.append(run.run())
+    assert not torch.equal(*results)
+
+
 def test_dps_runs_where_gradients_are_off(prior):
     temporal = Temporal.preset("none")
     first = restoration(prior, operators.make("sr_avg", scale=2), "dps", temporal).run()
@@ -184,6 +201,22 @@ def test_the_config_tells_runs_apart(prior, tmp_path):
         job = pipeline.open_job(moving(2), prior=prior, temporal=given, flow_path=folder, **COMMON)
         hashes.add(job.config["weights"]["flow"])
     assert len(hashes) == 2 and json.dumps(job.config)
+
+
+@pytest.mark.parametrize(
+    ("frames", "changes"),
+    [
+        (torch.rand(2, 3, SIZE - 2, SIZE), {}),
+        (moving(2), {"steps": 0}),
+        (moving(2), {"sampling": Sampling(5, travel=(0, 2))}),
+        (moving(2), {"task": "lowlight", "operator": {}, "host": "ddnm"}),
+    ],
+)
+def test_what_does_not_fit_leaves_no_folder(prior, tmp_path, frames, changes):
+    common = {"task": "sr_avg", "operator": {"scale": 2}, "mode": "synthetic"}
+    with pytest.raises(ValueError):
+        pipeline.open_job(frames, prior=prior, run=tmp_path / "run", **(common | changes))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_prior_that_is_open_stays_where_it_is(prior, monkeypatch):
