@@ -209,7 +209,7 @@ def test_the_config_tells_runs_apart(prior, tmp_path):
         (torch.rand(2, 3, SIZE - 2, SIZE), {}),
         (moving(2), {"steps": 0}),
         (moving(2), {"sampling": Sampling(5, travel=(0, 2))}),
-        (moving(2), {"task": "lowlight", "operator": {}, "host": "ddnm"}),
+        (moving(2), {"task": "lowlight", "operator": {"gain": 0.5}, "host": "ddnm"}),
     ],
 )
 def test_what_does_not_fit_leaves_no_folder(prior, tmp_path, frames, changes):
