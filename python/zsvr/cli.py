@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import pathlib
 import sys
@@ -52,6 +53,11 @@ def _video_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
 
 
+def _metric_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--metric", type=_assignment, action="append", default=[], metavar="NAME=VALUE",
+                        help="how metrics are taken: luma=true, flow_source=input, ...; may be repeated")  # fmt: skip
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     top = argparse.ArgumentParser(
@@ -70,6 +76,8 @@ def parser() -> argparse.ArgumentParser:
     restore.add_argument("input", help="video or folder of pictures")
     restore.add_argument("output", help=".mp4, .mkv, .webm, .gif, or a folder of PNG (no suffix)")
     restore.add_argument("--prior", required=True, help="ADM checkpoint (.pt, .safetensors) or diffusers folder")
+    restore.add_argument("--prior-option", type=_assignment, action="append", default=[], metavar="NAME=VALUE",
+                         help="of the checkpoint, such as qkv_order=new; may be repeated")  # fmt: skip
     _operator_arguments(restore)
     _video_arguments(restore)
     method = restore.add_argument_group("method")
@@ -86,6 +94,7 @@ def parser() -> argparse.ArgumentParser:
     method.add_argument("--flow-path", help="weights (raft_large) or folder of .flo files (given)")
     method.add_argument("--seed", type=int, default=0)
     method.add_argument("--synthetic", action="store_true", help="the input is clean: degrade it first, then measure")
+    _metric_arguments(restore)
     running = restore.add_argument_group("running")
     running.add_argument("--device", help="cuda, cuda:1, cpu; default: a GPU if there is one")
     running.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32")
@@ -107,6 +116,7 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("output", help="restored video or folder")
     evaluate.add_argument("--reference", required=True, help="clean video or folder")
     evaluate.add_argument("--clip", help="folder of a CLIP model, for frame similarity")
+    _metric_arguments(evaluate)
     evaluate.add_argument("--json", help="file for the results")
     evaluate.add_argument("--overwrite", action="store_true")
 
@@ -155,21 +165,23 @@ def _arguments_of_operator(options: argparse.Namespace) -> dict[str, Any]:
 
 def _restore(options: argparse.Namespace, command: Sequence[str]) -> int:
     from zsvr import metrics, pipeline, video
-    from zsvr.files import check_free
     from zsvr.planning import needed_bytes, plan
     from zsvr.restoration import Sampling
     from zsvr.temporal.settings import Temporal
 
+    measures = metrics.MetricOptions(**dict(options.metric))
     if not options.dry_run:
-        check_free(options.output, overwrite=options.overwrite)
+        video.check_target(options.output, lossless=options.lossless, overwrite=options.overwrite)
     arguments = _arguments_of_operator(options)
     job = pipeline.open_job(
-        options.input, prior=options.prior, task=options.task, operator=arguments or None, host=options.host,
-        host_options=dict(options.host_option), temporal=Temporal.preset(options.preset, dict(options.changes)),
+        options.input, prior=options.prior, prior_options=dict(options.prior_option), task=options.task,
+        operator=arguments or None, host=options.host, host_options=dict(options.host_option),
+        temporal=Temporal.preset(options.preset, dict(options.changes)),
         sampling=Sampling(options.steps, options.spacing, tuple(options.travel), options.latent_host,
                           options.latent_every),
         noise_std=options.sigma, mode="synthetic" if options.synthetic else "real", prepare=options.prepare,
-        seed=options.seed, start=options.start, stop=options.stop, flow_path=options.flow_path, run=options.run,
+        seed=options.seed, start=options.start, stop=options.stop, flow_path=options.flow_path,
+        run=None if options.dry_run else options.run,
         device=options.device, dtype=options.dtype, compile=options.compile, command=tuple(command),
     )  # fmt: skip
     for note in job.notes:
@@ -193,7 +205,10 @@ def _restore(options: argparse.Namespace, command: Sequence[str]) -> int:
         _say(f"note: {note}")
     found: dict[str, Any] = {"seconds": result.seconds, "seconds_per_frame": result.seconds / len(result.frames)}
     if result.clean is not None:
-        found |= metrics.evaluate(result.frames, result.clean)
+        clip = job.restoration
+        preview = clip.operator.preview(clip.y).cpu()
+        found |= metrics.evaluate(result.frames, result.clean, options=measures, preview=preview)
+        found["options"] = dataclasses.asdict(measures)
         _print(metrics.table({"restored": found}))
     if job.run is not None:
         job.run.write_metrics(found)
@@ -225,11 +240,13 @@ def _evaluate(options: argparse.Namespace, command: Sequence[str]) -> int:
     from zsvr.files import check_free, to_json, write_text
     from zsvr.temporal.semantic import open_clip_encoder
 
+    measures = metrics.MetricOptions(**dict(options.metric))
     if options.json:
         check_free(options.json, overwrite=options.overwrite)
     output, reference = video.read(options.output), video.read(options.reference)
     encoder = open_clip_encoder(options.clip) if options.clip else None
-    found = metrics.evaluate(output.frames, reference.frames, encoder=encoder)
+    found = metrics.evaluate(output.frames, reference.frames, options=measures, encoder=encoder)
+    found["options"] = dataclasses.asdict(measures)
     _print(metrics.table({pathlib.Path(options.output).name: found}))
     if options.json:
         write_text(options.json, to_json(runs.finite(found)), overwrite=options.overwrite)

@@ -124,11 +124,12 @@ def restore(
         mode: ``"real"``: the input is degraded already. ``"synthetic"``: it is clean; it is degraded first.
         prepare: ``"square"``: crop and resize the input to what the prior was trained at; ``"none"``.
         seed: of all noise, 0..2^63-1.
-        start, stop: range of frames.
-        flow: of the clip on its canvas, instead of estimating it; ``flow_path``: weights (raft_large) or folder of
+        start, stop: range of frames of the source.
+        flow: of these frames on its canvas, instead of estimating it; ``flow_path``: weights (raft_large) or folder of
             .flo files (given).
         run: folder that keeps config, flow and frames; an interrupted run goes on there with its flow.
-        device, dtype: of the network; None: a GPU if there is one. ``"fp32"``, ``"bf16"``, ``"fp16"``.
+        device, dtype: of the network; None: a GPU if there is one. ``"fp32"``, ``"bf16"``, ``"fp16"``. A prior that
+            is open already stays where it is, as it is.
         compile: compile the network with torch.compile.
         callback: called after every sampling operation.
 
@@ -158,6 +159,7 @@ def open_job(
     source: Path | Tensor,
     *,
     prior: Prior | Path,
+    prior_options: Mapping[str, Any] | None = None,
     task: str | None = None,
     operator: Operator | Mapping[str, Any] | None = None,
     host: str = "auto",
@@ -179,32 +181,53 @@ def open_job(
     compile: bool = False,
     command: tuple[str, ...] = (),
 ) -> Job:
-    """Open and check everything that `restore` needs, estimate flow, and run nothing of the network."""
+    """Open and check everything that `restore` needs, estimate flow, and run nothing of the network.
+
+    Arguments as in `restore`; ``prior_options`` go to `zsvr.priors.open`, ``command`` is kept in the run's folder.
+    """
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = choose_device(prior, device)
     settings = Temporal.preset(temporal) if isinstance(temporal, str) else temporal
     schedule = Sampling() if sampling is None else sampling
     if steps is not None:
         schedule = Sampling(steps, schedule.spacing, schedule.travel, schedule.latent_host, schedule.latent_every)
-    clip = video.Video(source.float(), 24) if isinstance(source, Tensor) else video.read(source, start, stop)  # type: ignore[arg-type]
+    if isinstance(source, Tensor):
+        clip = video.Video(_frames(source)[start:stop].float(), 24)  # type: ignore[arg-type]
+        if not len(clip.frames):
+            raise ValueError(f"no frames from {start} to {stop}: the source has {len(source)}")
+    else:
+        clip = video.read(source, start, stop)
     notes = list(clip.notes)
 
     measured = _saved_measurement(source, task, operator, mode)
     if measured is not None:
         notes.append("the exact measurement and operator beside the video are used")
-        chosen, noise_std = measured.operator, measured.noise_std
+        if prepare != "none":
+            raise ValueError("prepare changes pictures, but the exact measurement beside the video is used: leave it")
+        if noise_std not in (0, measured.noise_std):
+            raise ValueError(
+                f"noise_std is {noise_std}, but {measured.noise_std} was added, as is recorded beside the video: leave "
+                "it out, or name the task to restore the pictures alone"
+            )
+        chosen = measured.operator.select(range(len(measured.y))[start:stop])
+        noise_std = measured.noise_std
     else:
         chosen = _operator(task, operator)
-    opened = prior if isinstance(prior, Prior) else priors.open(prior, device=place, dtype=DTYPES[dtype])
+    given = dict(prior_options or {})
+    if isinstance(prior, Prior) and given:
+        raise ValueError(f"the prior is open already, so {', '.join(sorted(given))} cannot be set")
+    opened = prior if isinstance(prior, Prior) else priors.open(prior, device=place, dtype=DTYPES[dtype], **given)
     if compile:
         opened.model.compile()
 
     clean: Tensor | None = None
     if measured is not None:
-        y = measured.y
+        y = measured.y[start:stop]
+        if len(y) != len(clip.frames):
+            raise ValueError(f"{source} has {len(clip.frames)} frames, the exact measurement beside it {len(y)}")
     elif mode == "synthetic":
         clean = degrading.prepare(clip.frames, prepare, opened.size[0])
         y = degrading.degrade(clean, chosen, noise_std=noise_std, seed=seed, first=start).y
@@ -215,15 +238,31 @@ def open_job(
     method = hosts.make(host, operator=chosen, noise_std=noise_std, **(host_options or {}))
     options = settings.to_dict() | {
         "host": method.describe(), "noise_std": noise_std, "mode": mode, "data.prepare": prepare, "start": start,
-        "stop": stop, "dtype": dtype, "sampler.steps": schedule.steps, "sampler.spacing": schedule.spacing,
-        "sampler.travel": list(schedule.travel), "latent.host": schedule.latent_host,
-        "latent.every": schedule.latent_every,
+        "stop": stop, "compile": compile, "prior.options": given, "sampler.steps": schedule.steps,
+        "sampler.spacing": schedule.spacing, "sampler.travel": list(schedule.travel),
+        "latent.host": schedule.latent_host, "latent.every": schedule.latent_every,
+        "dtype": "as opened" if isinstance(prior, Prior) else dtype,
     }  # fmt: skip
     inputs = {"input": hash_tensors({"frames": clip.frames}) if isinstance(source, Tensor) else _hash(source)}
+    if measured is not None:
+        inputs["measurement"] = hash_tensors({"y": measured.y})
+    if flow is not None:
+        inputs["flow"] = hash_tensors(flow.tensors())
+    guidance = settings.guidance
+    encoder, weights = None, {}
+    if guidance is not None and guidance.is_semantic_on:
+        assert guidance.clip is not None
+        encoder = open_clip_encoder(guidance.clip, device=place)
+        weights["guidance.clip"] = hash_file(guidance.clip)
+    if flow_path is not None and pathlib.Path(flow_path).exists():
+        weights["flow"] = hash_file(flow_path)
     config = runs.config(
-        options, inputs=inputs, weights={}, seed=seed,
+        options, inputs=inputs, weights=weights, seed=seed,
         extra={"operator": _plain(chosen.describe()), "prior": opened.describe()},
     )  # fmt: skip
+    first = chosen.select(range(1))  # one frame needs no flow: what does not fit is found before anything is made
+    method.start(y[:1], first, seed)
+    Restoration(y[:1], first, opened, method, settings, schedule, seed=seed)
     folder = None if run is None else runs.Run.create(run, config, command=command)
     if flow is None and settings.needs_flow and len(y) > 1:
         flow = _flow(settings, chosen, y, clean, flow_path, start, place, folder)
@@ -231,11 +270,6 @@ def open_job(
         parts = [0, *(flow.cuts.nonzero().flatten() + 1).tolist(), len(y)]
         shots = [range(a, b) for a, b in itertools.pairwise(parts)]
         notes.append(f"{int(flow.cuts.sum())} cuts found; shots {describe_shots(shots)} are restored separately")
-    guidance = settings.guidance
-    encoder = None
-    if guidance is not None and guidance.is_semantic_on:
-        assert guidance.clip is not None
-        encoder = open_clip_encoder(guidance.clip, device=place)
 
     def reestimate(u: Tensor) -> Flow:
         return _estimate(settings, u, flow_path, start, place, None)
@@ -247,6 +281,37 @@ def open_job(
     degraded = to_unit(y)
     degraded = degraded.expand(-1, 3, -1, -1) if degraded.shape[1] == 1 else degraded
     return Job(restoration, clip, degraded, clean, config, folder, notes)
+
+
+def choose_device(prior: Prior | Path | None, device: torch.device | str | None) -> torch.device:
+    """Return where to compute: where an opened prior is, what was asked for, or a GPU if there is one.
+
+    Raises:
+        ValueError: the device does not exist here, or the prior is elsewhere.
+    """
+    if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device} was asked for, but torch {torch.__version__} finds no GPU here")
+    first = next(prior.model.parameters(), None) if isinstance(prior, Prior) else None
+    if first is None:
+        return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = first.device
+    if device is not None and torch.device(device).type != place.type:
+        raise ValueError(f"the prior is on {place}, but device is {device}: move it, or leave device out")
+    return place
+
+
+def _frames(source: Tensor) -> Tensor:
+    """Return the frames if they are ``[T, 3, H, W]`` in [0, 1].
+
+    Raises:
+        ValueError: they are not.
+    """
+    if source.dim() != 4 or source.shape[1] != 3 or not len(source) or not source.is_floating_point():
+        raise ValueError(f"frames must be floating [T, 3, H, W], got {tuple(source.shape)} of {source.dtype}")
+    if not bool(((source >= 0) & (source <= 1)).all()):
+        least, most = source.min().item(), source.max().item()
+        raise ValueError(f"frames must be finite and within [0, 1], got {least:g} to {most:g}: scale or clip them")
+    return source
 
 
 def _saved_measurement(source: Any, task: Any, operator: Any, mode: str) -> degrading.Measurement | None:
@@ -262,7 +327,8 @@ def _saved_measurement(source: Any, task: Any, operator: Any, mode: str) -> degr
 
 def _operator(task: str | None, operator: Operator | Mapping[str, Any] | None) -> Operator:
     if isinstance(operator, Operator):
-        if task is not None and operators.make(task).name != operator.name:
+        names = {operators.TASKS.get(task or "", task), "blur_fft" if task == "deblur" else None}
+        if task is not None and operator.name not in names:
             raise ValueError(f"task {task!r} and operator {operator} say different things: give one of them")
         return operator
     if task is None:

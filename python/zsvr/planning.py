@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pathlib
 import time
 import weakref
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from zsvr.pipeline import Job
 from zsvr.priors.base import Prior
-from zsvr.restoration import _Window, describe_shots
+from zsvr.restoration import _Window, checkpointed, describe_shots
 
 
 class _LiveBytes(TorchDispatchMode):
@@ -50,19 +51,27 @@ def network_bytes(prior: Prior, frames: int, size: tuple[int, int], device: torc
 
     Args:
         frames: T of the call. size: of what is denoised, ``(h, w)``.
-        gradient: activations are kept for a backward.
+        gradient: with a backward to the network's input.
     """
     with torch.set_grad_enabled(gradient), _LiveBytes() as live:
         x = torch.zeros(1, prior.channels, *size, device=device, requires_grad=gradient)
-        prior.predict(x, 0)
+        eps, _ = prior.predict(x, 0)
+        if gradient:
+            torch.autograd.grad(eps.sum(), x)
     return live.peak * frames
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the bytes that are free on a device now."""
+    """Return the bytes that a device can still give; of the CPU what the system can free, caches included.
+
+    Where the system does not say (outside Linux), all memory there is.
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    facts = pathlib.Path("/proc/meminfo")
+    lines = facts.read_text().splitlines() if facts.is_file() else []
+    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    return found[0] if found else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 @dataclass(frozen=True)
@@ -101,7 +110,8 @@ def needed_bytes(job: Job) -> tuple[int, int]:
     longest = max(len(shot) for shot in clip.shots)
     guides = clip.temporal.guidance is not None and clip.temporal.guidance.target == "x"
     gradient = clip.host.needs_network_gradient or guides
-    network = network_bytes(clip.prior, longest, clip.size, clip.y.device, gradient=gradient)
+    with checkpointed(clip.prior.model, clip.host):
+        network = network_bytes(clip.prior, longest, clip.size, clip.y.device, gradient=gradient)
     state = clip.y.nbytes + 8 * 4 * longest * clip.prior.channels * clip.size[0] * clip.size[1]
     flow = 0 if clip.flow is None else sum(x.nbytes for x in clip.flow.tensors().values())
     needed = network + state + flow

@@ -15,6 +15,7 @@ from torch import Tensor
 from zsvr import flow as flows
 from zsvr import hosts, operators, priors
 from zsvr.degrading import degrade
+from zsvr.pipeline import DTYPES, choose_device
 from zsvr.priors.base import Prior
 from zsvr.restoration import Restoration, Sampling, _Window
 from zsvr.temporal.guidance import ConsistencyGuidance
@@ -122,10 +123,18 @@ def profile(
     Args:
         prior: an opened prior or a path; None: a network of ADM's layout, ``width`` channels, random weights.
         size: side of the frames. frames: T. steps: steps that are timed, after one to warm up.
-        host: see `zsvr.hosts.make`. temporal: None: the preset "paper".
+        host: see `zsvr.hosts.make`. temporal: None: the preset "paper", with similarity correction at every step.
+
+    Raises:
+        ValueError: numbers below 1, or parts that do not fit each other.
     """
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    if dtype not in DTYPES or min(frames, steps, size, width) < 1:
+        raise ValueError(
+            f"dtype must be one of {', '.join(DTYPES)}, and frames, steps, size and width at least 1, got {dtype}, "
+            f"{frames}, {steps}, {size}, {width}"
+        )
+    place = choose_device(prior, device)
+    kind = DTYPES[dtype]
     if prior is None:
         opened = random_adm(width, size, place, kind)
     else:

@@ -107,6 +107,9 @@ class Restoration:
         self.seed, self.encoder, self.reestimate = seed, encoder, reestimate
         if y.dim() != 4 or not len(y):
             raise ValueError(f"measurements must be [T, C, H, W] with at least one frame, got {tuple(y.shape)}")
+        if not bool(torch.isfinite(y).all()):
+            bad_frames = (~torch.isfinite(y)).flatten(1).any(1).nonzero().flatten().tolist()
+            raise ValueError(f"measurements must be finite: frames {bad_frames[:8]} hold NaN or infinity")
         self.canvas = operator.canvas((y.shape[2], y.shape[3]))
         measured = operator.measured_shape(self.canvas)
         if tuple(y.shape[1:]) != measured:
@@ -141,9 +144,8 @@ class Restoration:
             )
         self.flow = flow if self.frames > 1 else None
         N = len(prior.alphas_bar)
-        self.K = host.default_steps if self.sampling.steps is None else self.sampling.steps
-        self.steps = schedule.spaced_steps(min(self.K, N), N, self.sampling.spacing)
-        self.K = len(self.steps)
+        self.K = min(host.default_steps, N) if self.sampling.steps is None else self.sampling.steps
+        self.steps = schedule.spaced_steps(self.K, N, self.sampling.spacing)
         self.last = schedule.last_index(self.steps, self.temporal.stop_step)
         self.operations = schedule.plan_operations(self.K, self.last, *self.sampling.travel)
         self.levels = [prior.level(step) for step in self.steps]
@@ -191,7 +193,8 @@ class Restoration:
                     if callback is not None:
                         callback(report)
             state, done = window.state, done + len(self.operations)
-            parts.append(to_unit(self.prior.decode(window.result)) if self.prior.factor > 1 else to_unit(window.result))
+            with torch.no_grad():
+                parts.append(to_unit(self.prior.decode(window.result)))
         return torch.cat(parts)
 
 
@@ -206,7 +209,7 @@ class _Window:
         self.held = torch.zeros(len(ids), dtype=torch.bool, device=device)
         flow = None if clip.flow is None else clip.flow.window(ids).to(device)
         self.context = self._context(flow)
-        self.guidance = None if flow is None else self._guidance(flow)
+        self.guidance = self._guidance(flow)
         self.state = clip.host.start(self.y, self.operator, clip.seed, previous)
         self.result = torch.empty(0)
 
@@ -223,17 +226,23 @@ class _Window:
             return zk.VideoContext(frames=len(self.ids), ids=list(self.ids), options=options, size=clip.size)
         return flow.context(options=options, ids=list(self.ids), size=clip.size)
 
-    def _guidance(self, flow: Flow) -> ConsistencyGuidance | None:
+    def _guidance(self, flow: Flow | None) -> ConsistencyGuidance | None:
         options, clip = self.clip.temporal.guidance, self.clip
         if options is None or len(self.ids) == 1:
             return None
+        decode = clip.prior.decode if clip.prior.factor > 1 else None
+        if flow is None:  # the semantic level follows none
+            still = torch.zeros(len(self.ids) - 1, 2, *clip.size, device=clip.y.device)
+            nowhere = torch.zeros(len(self.ids) - 1, *clip.size, dtype=torch.bool, device=clip.y.device)
+            return ConsistencyGuidance(
+                options, still, still, nowhere, nowhere, ids=list(self.ids), encoder=clip.encoder, decode=decode
+            )
         fields = []
         for field, occ in ((flow.forward, flow.occ_forward), (flow.backward, flow.occ_backward)):
             if clip.size != clip.canvas:
                 field, occ = resize_flow(field, clip.size), pool_occlusion(occ, clip.size)
             fields.append((field, ~occ & inside_pixels(field)))
         (forward, good_forward), (backward, good_backward) = fields
-        decode = clip.prior.decode if clip.prior.factor > 1 else None
         return ConsistencyGuidance(
             options, forward, backward, good_forward, good_backward,
             ids=list(self.ids), encoder=clip.encoder, decode=decode,
@@ -245,10 +254,7 @@ class _Window:
         clip = self.clip
         model: Any = clip.prior.model
         with contextlib.ExitStack() as stack:
-            wants = getattr(clip.host, "checkpoint", False) and clip.host.needs_network_gradient
-            if wants and hasattr(model, "enable_gradient_checkpointing"):
-                model.enable_gradient_checkpointing()
-                stack.callback(model.disable_gradient_checkpointing)
+            stack.enter_context(checkpointed(model, clip.host))
             if self.context is not None:
                 options, default = self.context.options, zk.SLROptions()
                 names = ("layers", "stages", "min_tokens", "max_tokens")
@@ -258,12 +264,13 @@ class _Window:
                 clip.patch = stack.enter_context(patch)
             yield
 
+    @torch.no_grad()
     def _refresh(self, x0: Tensor) -> None:
         """Estimate the flow again from the clean estimate; links and guidance follow it, history is forgotten."""
         clip = self.clip
         if clip.reestimate is None or len(self.ids) == 1:
             return
-        flow = clip.reestimate(to_unit(clip.prior.decode(x0)))
+        flow = clip.reestimate(to_unit(clip.prior.decode(x0))).to(x0.device)
         self.guidance = self._guidance(flow)
         if self.context is not None and clip.patch is not None and clip.temporal.slr is not None:
             options = {name: getattr(clip.temporal.slr, name) for name in ("resize", "occ_pool")}
@@ -300,6 +307,8 @@ class _Window:
         clip, prior, host = self.clip, self.clip.prior, self.clip.host
         a, is_last = clip.levels[k], k == clip.last
         a_schedule = clip.levels[k + 1] if k + 1 < clip.K else 1.0
+        a_next = 1.0 if is_last else a_schedule
+        variance = schedule.coefficients(a, a_next).var_small
         through = self.guidance is not None and self.guidance.needs_network_gradient(k, clip.K)
         pixels = prior.factor == 1
         with torch.set_grad_enabled(host.needs_network_gradient or through):
@@ -307,27 +316,29 @@ class _Window:
             eps, frac = prior.predict(x, clip.steps[k])
             raw = samplers.predict_x0(x, eps, a)
             x0 = raw.clamp(-1, 1) if host.clips_x0 and pixels else raw
-            _check_finite(x0, "the prior's prediction", clip.steps[k])
+            _check_finite(raw, "the prior's prediction", clip.steps[k])  # clamped, infinity would pass for white
             added = None
             if through:
                 assert self.guidance is not None
-                added = self.guidance.shift_through(x, x0, k, clip.K, held=self.held)
+                added = self.guidance.shift_through(x, x0, k, clip.K, held=self.held, variance=variance)
+        if not host.needs_network_gradient:  # low light's state would keep every step's graph
+            x, x0, frac = x.detach(), x0.detach(), None if frac is None else frac.detach()
         shift = torch.zeros_like(x0.detach())
         if self.guidance is not None:
-            variance = schedule.coefficients(a, 1.0 if is_last else a_schedule).var_small
             if not x0.requires_grad:  # else x0_blend is refused
                 x0 = self.guidance.blend(x0, k, clip.K)
             shift = self.guidance.shift(x0.detach(), k, clip.K, held=self.held, variance=variance)
         z = torch.zeros_like(shift) if is_last else self._noise("step", clip.steps[k], visit)
         step = Step(
             k=k, K=clip.K, N=len(prior.alphas_bar), training_step=clip.steps[k], a=a,
-            a_next=1.0 if is_last else a_schedule, a_schedule=a_schedule, is_last=is_last,
-            x=x, x0=x0, eps=eps.detach(), frac=frac, z=z, shift=shift, held=self.held,
+            a_next=a_next, a_schedule=a_schedule, is_last=is_last, x=x, x0=x0, eps=eps.detach(), frac=frac, z=z,
+            shift=shift, held=self.held,
         )  # fmt: skip
-        if pixels:
-            x, corrected = host.advance(step, self.y, self.operator, self.state)
-        else:
-            x, corrected = self._advance_latents(step)
+        with torch.set_grad_enabled(host.needs_network_gradient):
+            if pixels:
+                x, corrected = host.advance(step, self.y, self.operator, self.state)
+            else:
+                x, corrected = self._advance_latents(step)
         if added is not None:
             x = x + added
             corrected = corrected + added if is_last else corrected
@@ -350,6 +361,20 @@ class _Window:
             x0 = prior.encode(u)
         rule = samplers.ddnm(getattr(clip.host, "eta", 0.85))
         return rule(step.x.detach(), x0, step.eps, step.frac, step.z, step.a, step.a_next), x0
+
+
+@contextlib.contextmanager
+def checkpointed(model: Any, host: Host) -> Iterator[None]:
+    """Let the network recompute activations in its backward for the length of the block, if the host wants that."""
+    wants = host.needs_network_gradient and getattr(host, "checkpoint", False)
+    if not wants or not hasattr(model, "enable_gradient_checkpointing") or model.is_gradient_checkpointing:
+        yield
+        return
+    model.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        model.disable_gradient_checkpointing()
 
 
 def _check_finite(x: Tensor, what: str, step: int) -> None:

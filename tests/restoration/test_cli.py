@@ -55,14 +55,16 @@ def test_degrade_restore_evaluate(folder, tmp_path, capsys):
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(folder, tmp_path, capsys):
     status = run("restore", folder / "clean.mkv", tmp_path / "out.mp4", "--prior", folder / "prior", "--task",
-                 "denoise", "--sigma", 0.1, "--steps", 4, "--dry-run", "--device", "cpu")  # fmt: skip
+                 "denoise", "--sigma", 0.1, "--steps", 4, "--dry-run", "--device", "cpu", "--run",
+                 tmp_path / "run")  # fmt: skip
     text = capsys.readouterr().out
     assert status == 0 and not list(tmp_path.iterdir())
     for word in ("shots", "memory", "frames fit", "time", "attention layers patched", "ddnm+"):
         assert word in text, text
 
 
-def test_errors_are_one_line_and_nothing_is_overwritten(folder, tmp_path, capsys):
+def test_errors_are_one_line_and_nothing_is_overwritten(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(restoration._Window, "_step", lambda *_: pytest.fail("sampled before everything was checked"))
     out = tmp_path / "out.mp4"
     out.write_bytes(b"mine")
     clean, prior = folder / "clean.mkv", ("--prior", folder / "prior", "--device", "cpu")
@@ -73,6 +75,8 @@ def test_errors_are_one_line_and_nothing_is_overwritten(folder, tmp_path, capsys
         (("restore", clean, tmp_path / "a.mp4", "--prior", tmp_path / "no.pt", "--task", "denoise"), "no.pt"),
         (("restore", clean, tmp_path / "a.mp4", *prior, "--task", "denoise", "--sigma", 0.1, "--set", "x.y=1"), "x.y"),
         (("restore", clean, tmp_path / "a.mp4", *prior, "--task", "upscale"), "upscale"),
+        (("restore", clean, tmp_path / "a.xyz", *prior, "--task", "denoise", "--sigma", 0.1), "unknown kind of video"),
+        (("restore", clean, tmp_path / "a.gif", *prior, "--task", "denoise", "--sigma", 0.1, "--lossless"), "a.gif"),
         (("degrade", clean, tmp_path / "a.mkv"), "name the task"),
     ]
     for arguments, expected in cases:
@@ -80,6 +84,31 @@ def test_errors_are_one_line_and_nothing_is_overwritten(folder, tmp_path, capsys
         said = capsys.readouterr().err
         assert expected in said and "Traceback" not in said, said
     assert out.read_bytes() == b"mine" and [p.name for p in tmp_path.iterdir()] == ["out.mp4"]
+
+
+def test_options_of_metrics_and_prior_are_taken_and_recorded(folder, tmp_path, capsys):
+    status = run("restore", folder / "clean.mkv", tmp_path / "out.mkv", "--prior", folder / "prior", "--task", "sr_avg",
+                 "--scale", 2, "--synthetic", "--steps", 2, "--device", "cpu", "--quiet", "--run", tmp_path / "run",
+                 "--metric", "luma=true", "--metric", "flow_source=input", "--prior-option",
+                 "prediction=epsilon")  # fmt: skip
+    assert status == 0, capsys.readouterr().err
+    found = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert found["options"]["luma"] is True and found["flow"]["source"] == "input"
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["options"]["prior.options"] == {"prediction": "epsilon"}
+    values = []
+    for more in ((), ("--metric", "luma=true")):
+        assert run("evaluate", tmp_path / "out.mkv", "--reference", folder / "clean.mkv", "--json",
+                   tmp_path / "m.json", "--overwrite", *more) == 0  # fmt: skip
+        values.append(json.loads((tmp_path / "m.json").read_text())["psnr"])
+    assert values[0] != values[1]
+    assert run("evaluate", tmp_path / "out.mkv", "--reference", folder / "clean.mkv", "--metric", "x=1") == 2
+
+
+def test_a_device_that_is_not_there_is_an_error_of_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert run("bench", "--device", "cuda") == 1 and "no GPU" in capsys.readouterr().err
+    assert run("bench", "--frames", "0", "--device", "cpu") == 1 and "at least 1" in capsys.readouterr().err
 
 
 def test_an_interrupted_run_leaves_no_output(folder, tmp_path, monkeypatch, capsys):

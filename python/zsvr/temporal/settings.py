@@ -82,6 +82,8 @@ class FlowOptions(EstimationOptions):
         _choice("flow.resize", self.resize, ("area", "antialias", "nearest"))
         _choice("flow.occ_pool", self.occ_pool, ("max", "mean"))
         _keep(self, refresh_every=validation.check_int("flow.refresh_every", self.refresh_every, 0))
+        if self.refresh_every and self.estimator == "given":
+            raise ValueError("flow.refresh_every estimates flow again, which given flow cannot be: set it to 0")
 
     def link_options(self) -> dict[str, Any]:
         """Return the fields that `zsvr_kernels.SLROptions` has too."""

@@ -2,7 +2,7 @@
 
 from zsvr.video.colour import PICTURES
 from zsvr.video.reading import Frame, Sound, TruncatedVideoError, Video, VideoInfo, probe, read, stream
-from zsvr.video.writing import encodings, write, write_pictures
+from zsvr.video.writing import check_target, encodings, write, write_pictures
 
 __all__ = [
     "PICTURES",
@@ -11,6 +11,7 @@ __all__ = [
     "TruncatedVideoError",
     "Video",
     "VideoInfo",
+    "check_target",
     "encodings",
     "probe",
     "read",

@@ -136,6 +136,19 @@ def _pictures(frames: Tensor | Iterable[Tensor]) -> Iterator[np.ndarray]:
         raise ValueError("there are no frames to write")
 
 
+def check_target(path: Path, *, lossless: bool = False, depth: int = 8, overwrite: bool = False) -> pathlib.Path:
+    """Return the path if `write` would take it, before there are frames to write.
+
+    Raises:
+        FileExistsError, FileNotFoundError: see `zsvr.files.check_free`. ValueError: an unknown kind of video, or one
+            that cannot be written so.
+    """
+    target = check_free(path, overwrite=overwrite)
+    if target.suffix:
+        _choose(target, lossless, depth)
+    return target
+
+
 def write(
     path: Path,
     frames: Tensor | Iterable[Tensor],
@@ -169,10 +182,9 @@ def write(
         ValueError: frames or options that do not fit.
         OSError: writing failed, for instance on a full disk; nothing is left behind.
     """
-    target = pathlib.Path(path)
+    target = check_target(path, lossless=lossless, depth=depth, overwrite=overwrite)
     if not target.suffix:
         return write_pictures(target, frames, depth=depth, overwrite=overwrite)
-    check_free(target, overwrite=overwrite)
     container, encoding = _choose(target, lossless, depth)
     exact = Fraction(rate).limit_denominator(100_000)
     if not 0 < exact <= 1000:
