@@ -125,6 +125,8 @@ class Restoration:
             )
         if prior.factor > 1 and self.acts_on_latents and host.needs_network_gradient:
             raise ValueError(f"host {host.name!r} needs gradients through a latent prior's decoder: use ddnm or gdp")
+        if prior.factor > 1 and self.acts_on_latents and getattr(host, "scale_by_variance", False):
+            raise ValueError("gdp.scale_by_variance does nothing with a latent prior, whose host acts without noise")
         guidance = self.temporal.guidance
         through = host.needs_network_gradient or (guidance is not None and guidance.target == "x")
         if guidance is not None and guidance.x0_blend > 0 and through:

@@ -77,6 +77,10 @@ def test_a_latent_prior(real_data, tmp_path, latent_host):
     with pytest.raises(ValueError, match="latent prior"):
         zsvr.restore(clean, prior=prior, task="sr_avg", operator={"scale": 2}, mode="synthetic", device="cpu",
                      host="dps", steps=2)  # fmt: skip
+    if latent_host == "project":
+        with pytest.raises(ValueError, match="scale_by_variance"):
+            zsvr.restore(clean, prior=prior, task="sr_avg", operator={"scale": 2}, mode="synthetic", device="cpu",
+                         host="gdp", host_options={"scale_by_variance": True}, steps=2)  # fmt: skip
 
 
 def test_a_clip_of_another_size_than_the_operator_expects(real_data, prior):
