@@ -87,6 +87,7 @@ def restore(
     source: Path | Tensor,
     *,
     prior: Prior | Path,
+    prior_options: Mapping[str, Any] | None = None,
     task: str | None = None,
     operator: Operator | Mapping[str, Any] | None = None,
     host: str = "auto",
@@ -113,7 +114,7 @@ def restore(
     Args:
         source: a video or folder of pictures, or frames ``[T, 3, H, W]`` in [0, 1]. A video that `zsvr degrade` wrote,
             without ``task`` and ``operator``: its exact measurement and operator, which are beside it.
-        prior: an opened prior, or what `zsvr.priors.open` takes.
+        prior: an opened prior, or what `zsvr.priors.open` takes, with ``prior_options``.
         task: of `zsvr.operators.make`: "denoise", "sr", "deblur", "inpaint", "colorize", "lowlight", or an operator's
             name.
         operator: its arguments, or an operator.
@@ -148,9 +149,10 @@ def restore(
         >>> zsvr.video.write("restored.mp4", result.frames, rate=result.rate, sound=result.sound)
     """
     job = open_job(
-        source, prior=prior, task=task, operator=operator, host=host, host_options=host_options, temporal=temporal,
-        sampling=sampling, steps=steps, noise_std=noise_std, mode=mode, prepare=prepare, seed=seed, start=start,
-        stop=stop, flow=flow, flow_path=flow_path, run=run, device=device, dtype=dtype, compile=compile,
+        source, prior=prior, prior_options=prior_options, task=task, operator=operator, host=host,
+        host_options=host_options, temporal=temporal, sampling=sampling, steps=steps, noise_std=noise_std, mode=mode,
+        prepare=prepare, seed=seed, start=start, stop=stop, flow=flow, flow_path=flow_path, run=run, device=device,
+        dtype=dtype, compile=compile,
     )  # fmt: skip
     return job.start(callback)
 
@@ -183,7 +185,7 @@ def open_job(
 ) -> Job:
     """Open and check everything that `restore` needs, estimate flow, and run nothing of the network.
 
-    Arguments as in `restore`; ``prior_options`` go to `zsvr.priors.open`, ``command`` is kept in the run's folder.
+    Arguments as in `restore`; ``command`` is kept in the run's folder.
     """
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")

@@ -15,7 +15,9 @@ from adm_network import Network
 from torch import Tensor
 
 import zsvr_kernels as zk
-from zsvr.priors import adm, adm_layout, weights_cache
+from zsvr import files
+from zsvr.files import hash_file
+from zsvr.priors import adm, adm_layout
 
 pytest.importorskip("diffusers")
 safetensors_torch = pytest.importorskip("safetensors.torch")
@@ -364,7 +366,7 @@ def test_the_cache_is_made_once_read_back_and_keyed(tmp_path, monkeypatch):
     folder.mkdir()
     adm.open_adm(path, **options, cache=folder)
     assert [p.name for p in folder.iterdir()] == [file.name]
-    assert first.describe()["sha256"] == weights_cache.file_digest(path)
+    assert first.describe()["sha256"] == hash_file(path)
     network = Network(seed=5)
     safetensors_torch.save_file(network.state, str(path))
     third = adm.open_adm(path, **options)
@@ -407,7 +409,7 @@ def test_a_cache_that_cannot_be_written_says_what_to_do(tmp_path, monkeypatch):
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(weights_cache.os, "replace", full)
+    monkeypatch.setattr(files.os, "replace", full)
     with pytest.raises(OSError, match="cache=False"):
         adm.open_adm(path, head_dim=16, size=16)
     assert [p.name for p in tmp_path.iterdir()] == ["net.pt"]

@@ -12,7 +12,7 @@ import torch
 from saved_folders import XL, latent_folder, pixel_folder
 
 from zsvr import priors
-from zsvr.priors import weights_cache
+from zsvr.files import hash_file
 
 
 def test_open_decides_by_what_the_path_is(tmp_path):
@@ -160,7 +160,7 @@ def test_a_description_says_what_a_run_needs_to_know(tmp_path):
     assert described["kind"] == "diffusers latent" and described["prompt"] == "a"
     assert described["path"] == str(folder) and described["guidance_scale"] == 2.0
     file = folder / "unet" / "diffusion_pytorch_model.safetensors"
-    assert described["sha256"] == {file.name: weights_cache.file_digest(file)}
+    assert described["sha256"] == {file.name: hash_file(file)}
     assert described["config"]["cross_attention_dim"] == 16
     assert described["remarks"] == []
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zsvr.files import hash_file
 from zsvr.priors import weights_cache
 from zsvr.priors.adm_layout import GROUPS, ADMLayout, check_keys, infer_layout, key_map
 from zsvr.priors.base import Prior
@@ -261,7 +262,7 @@ def open_adm(
         keys = key_map(layout, unet_shapes)
         check_keys(checkpoint.shapes, keys, unet_shapes)
         heads = {name: module.heads for name, module in _attentions(model)}
-        source = {"sha256": weights_cache.file_digest(path), "parameters": sum(map(math.prod, unet_shapes.values()))}
+        source = {"sha256": hash_file(path), "parameters": sum(map(math.prod, unet_shapes.values()))}
         options = {"qkv_order": order, "heads": sorted(heads.items()), "dtype": str(dtype)}
         made = _converted(checkpoint, keys, heads, order, dtype)
         state = _cached(made, _cache_folder(path, cache), path.stem, {**source, **options}, device)

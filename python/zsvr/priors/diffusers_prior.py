@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zsvr.files import hash_tensors
-from zsvr.priors import text, weights_cache
+from zsvr.files import hash_file, hash_tensors
+from zsvr.priors import text
 from zsvr.priors.base import Prior
 from zsvr.schedule import alphas_bar_from_config
 
@@ -91,7 +91,7 @@ class _DiffusersPrior(Prior):
             return {"state_dict": hash_tensors(self.model.state_dict())}
         folder = pathlib.Path(self._facts["unet"])
         files = sorted(p for p in folder.iterdir() if p.name.startswith("diffusion_pytorch_model"))
-        return {p.name: weights_cache.file_digest(p) for p in files if p.suffix in (".safetensors", ".bin")}
+        return {p.name: hash_file(p) for p in files if p.suffix in (".safetensors", ".bin")}
 
     def describe(self) -> dict[str, Any]:
         """Return kind, path, hashes of the U-Net's weights, configuration, and remarks that a user should read."""

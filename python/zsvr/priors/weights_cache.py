@@ -4,29 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import pathlib
-import secrets
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from zsvr.files import new_file
+
 FORMAT = "zsvr weights 1"
 
 
 class DamagedCacheError(ValueError):
     """A cache file that is not what its name says."""
-
-
-def file_digest(path: pathlib.Path) -> str:
-    """Return the SHA-256 of a file, as hexadecimal digits."""
-    total = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**22):
-            total.update(block)
-    return total.hexdigest()
 
 
 def cache_path(folder: pathlib.Path, stem: str, facts: Mapping[str, Any]) -> pathlib.Path:
@@ -53,16 +44,12 @@ def write(path: pathlib.Path, tensors: Mapping[str, Tensor], facts: Mapping[str,
     for name, x in whole.items():
         _add(digest, name, x)
     metadata = {"format": FORMAT, "facts": json.dumps(facts, sort_keys=True), "sha256": digest.hexdigest()}
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(6)}.partial")
-    try:
+    with new_file(path, overwrite=True) as partial:
         with partial.open("xb"):  # the library's own error for a folder that cannot be written to names no file
             pass
         mode = partial.stat().st_mode
         safetensors.torch.save_file(whole, str(partial), metadata)
         partial.chmod(mode)  # the library makes it readable for its owner alone
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read(path: pathlib.Path, facts: Mapping[str, Any], device: torch.device | str = "cpu") -> dict[str, Tensor]:

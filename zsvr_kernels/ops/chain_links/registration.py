@@ -52,8 +52,8 @@ def chain_with_records(
     corners: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Chain on a GPU; the launch leaves the records of trajectory attention too. Not for traced code."""
-    launch = _launcher("triton").launch_with_records
-    return launch(forward, backward, valid_forward, valid_backward, grid, window, nearest, corners)
+    launch = _launcher("triton").launch
+    return launch(forward, backward, valid_forward, valid_backward, grid, window, nearest, corners, records=True)
 
 
 _library.impl("chain_links", _chain, "CompositeExplicitAutograd")

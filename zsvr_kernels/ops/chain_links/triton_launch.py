@@ -84,38 +84,9 @@ def launch(
     window: int | None,
     nearest: bool,
     corners: bool,
-) -> tuple[Tensor, Tensor]:  # positions fp32 [B, T, L, P, 2], valid bool [B, T, L, P]
-    fields = forward, backward, valid_forward, valid_backward
-    return _launch(*fields, grid, window, nearest, corners, records=False)[:2]
-
-
-def launch_with_records(
-    forward: Tensor,  # fp32 [B, T-1, P, 2]
-    backward: Tensor,  # fp32 [B, T-1, P, 2]
-    valid_forward: Tensor,  # bool [B, T-1, P]
-    valid_backward: Tensor,  # bool [B, T-1, P]
-    grid: tuple[int, int],
-    window: int | None,
-    nearest: bool,
-    corners: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # and base int32 [B, T, L, P], fractions int32 [B, T, L, P]
-    fields = forward, backward, valid_forward, valid_backward
-    positions, valid, base, fractions = _launch(*fields, grid, window, nearest, corners, records=True)
-    assert base is not None and fractions is not None
-    return positions, valid, base, fractions
-
-
-def _launch(
-    forward: Tensor,
-    backward: Tensor,
-    valid_forward: Tensor,
-    valid_backward: Tensor,
-    grid: tuple[int, int],
-    window: int | None,
-    nearest: bool,
-    corners: bool,
-    records: bool,
-) -> Outputs:
+    *,
+    records: bool = False,
+) -> tuple[Tensor, ...]:  # positions fp32 [B, T, L, P, 2], valid bool [B, T, L, P]; base, fractions int32 [B, T, L, P]
     grid = validation.check_links(forward, backward, valid_forward, valid_backward, grid)
     checks = {"valid_forward": valid_forward, "valid_backward": valid_backward}
     _triton.check_runs("chain_links", forward=forward, backward=backward, **checks)
@@ -125,4 +96,4 @@ def _launch(
         *fields, grid, window, nearest, corners, _triton.target(forward.device), records=records
     )
     _triton.run(launches)
-    return outputs
+    return tuple(x for x in outputs if x is not None)
