@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -21,12 +21,13 @@ from zsvr.restoration import _Window, checkpointed, describe_shots
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors that are alive, without holding any."""
+    """Counts the bytes of tensors that are alive, without holding any; views of a model's weights count nothing."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self._seen: dict[int, int] = {}
+        self._weights = [x.untyped_storage() for x in (*model.parameters(), *model.buffers())]
+        self._seen: dict[int, int] = {id(storage): 0 for storage in self._weights}
 
     def _forget(self, key: int) -> None:
         self.now -= self._seen.pop(key, 0)
@@ -53,7 +54,7 @@ def network_bytes(prior: Prior, frames: int, size: tuple[int, int], device: torc
         frames: T of the call. size: of what is denoised, ``(h, w)``.
         gradient: with a backward to the network's input.
     """
-    with torch.set_grad_enabled(gradient), _LiveBytes() as live:
+    with torch.set_grad_enabled(gradient), _LiveBytes(prior.model) as live:
         x = torch.zeros(1, prior.channels, *size, device=device, requires_grad=gradient)
         eps, _ = prior.predict(x, 0)
         if gradient:

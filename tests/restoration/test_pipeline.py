@@ -10,7 +10,7 @@ import torch
 from restoration_models import SIZE, moving, tiny_prior
 
 import zsvr
-from zsvr import degrading, hosts, operators, pipeline, planning, video
+from zsvr import degrading, hosts, operators, pipeline, planning, priors, video
 from zsvr import flow as flows
 from zsvr.degrading import degrade
 from zsvr.hosts.dps import DPS
@@ -257,3 +257,19 @@ def test_free_memory_counts_what_caches_hold():
     lines = dict(line.split(":") for line in facts.read_text().splitlines())
     available = int(lines["MemAvailable"].split()[0]) * 1024
     assert planning.free_bytes(torch.device("cpu")) == pytest.approx(available, rel=0.3)
+
+
+def test_the_memory_of_a_call_is_that_of_its_activations():
+    class Linear(priors.Prior):
+        model = torch.nn.Linear(1000, 1000)  # 4 MB, which its call views as its transpose
+
+        def predict(self, x, step):
+            y = x + 1
+            return self.model(y), None
+
+        def describe(self):
+            return {}
+
+    Linear.model.requires_grad_(False)
+    found = planning.network_bytes(Linear(), 5, (10, 1000), torch.device("cpu"), gradient=False)
+    assert found == 5 * 3 * 120_000  # x, y and the result: [1, 3, 10, 1000] in float32
