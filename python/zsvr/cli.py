@@ -16,7 +16,7 @@ from zsvr_kernels.version import __version__
 EXAMPLES = """examples:
   zsvr degrade clean.mp4 small.mkv --task sr --scale 4          make a degraded clip; operator and values beside it
   zsvr restore small.mkv restored.mp4 --prior 256x256_diffusion_uncond.pt
-  zsvr restore noisy.mp4 out.mp4 --prior MODEL --task denoise --sigma 0.1 --prepare square
+  zsvr restore noisy.mp4 out.mp4 --prior MODEL --task denoise --sigma 0.1 --prepare none
   zsvr restore in.mp4 out.mp4 --prior MODEL --task inpaint --operator mask='"mask.png"' --preset best
   zsvr restore in.mp4 out.mp4 --prior MODEL --task sr --scale 4 --set attention.combine='"joint"' --dry-run
   zsvr evaluate restored.mp4 --reference clean.mp4
@@ -48,14 +48,35 @@ def _video_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("video")
     group.add_argument("--start", type=int, default=0, help="first frame")
     group.add_argument("--stop", type=int, help="frame after the last one")
-    group.add_argument("--prepare", choices=("none", "square"), default="none",
-                       help="square: centre crop and resize to the size that the prior was trained at")  # fmt: skip
+    group.add_argument("--prepare", choices=("square", "none"), default="square",
+                       help="square (default): centre crop and resize to the size that the prior was trained at; "
+                       "none: leave frames as they are")  # fmt: skip
     group.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
 
 
 def _metric_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--metric", type=_assignment, action="append", default=[], metavar="NAME=VALUE",
-                        help="how metrics are taken: luma=true, flow_source=input, ...; may be repeated")  # fmt: skip
+    group = parser.add_argument_group("metrics")
+    group.add_argument("--metric", type=_assignment, action="append", default=[], metavar="NAME=VALUE",
+                       help="how metrics are taken: luma=true, flow_source=input, ...; may be repeated")  # fmt: skip
+    group.add_argument("--clip", help="folder of a CLIP model, for frame similarity (FS)")
+    group.add_argument("--lpips", nargs=2, metavar=("ALEXNET", "HEADS"),
+                       help="weights of torchvision's alexnet and of LPIPS 0.1, for LPIPS and tLPIPS")  # fmt: skip
+    group.add_argument("--inception", help="weights of FID's Inception (needs torch-fidelity), for FID")
+
+
+def _networks(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the networks that metrics look through, as `zsvr.metrics.evaluate` takes them."""
+    from zsvr import encoders
+    from zsvr.temporal.semantic import open_clip_encoder
+
+    found: dict[str, Any] = {}
+    if options.clip:
+        found["encoder"] = open_clip_encoder(options.clip)
+    if options.lpips:
+        found["lpips"] = encoders.LPIPS(*options.lpips)
+    if options.inception:
+        found["inception"] = encoders.inception(options.inception)
+    return found
 
 
 def parser() -> argparse.ArgumentParser:
@@ -98,6 +119,8 @@ def parser() -> argparse.ArgumentParser:
     running = restore.add_argument_group("running")
     running.add_argument("--device", help="cuda, cuda:1, cpu; default: a GPU if there is one")
     running.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32")
+    running.add_argument("--expected-count", type=int,
+                         help="attention layers that the network must have, if not what is known of it")  # fmt: skip
     running.add_argument("--compile", action="store_true", help="compile the network with torch.compile")
     running.add_argument("--run", help="folder that keeps config, flow, frames and metrics")
     running.add_argument("--lossless", action="store_true", help="write RGB that reads back bit-exactly")
@@ -115,7 +138,11 @@ def parser() -> argparse.ArgumentParser:
     evaluate = command("evaluate", "Compare a restored clip with the clean one.")
     evaluate.add_argument("output", help="restored video or folder")
     evaluate.add_argument("--reference", required=True, help="clean video or folder")
-    evaluate.add_argument("--clip", help="folder of a CLIP model, for frame similarity")
+    evaluate.add_argument("--start", type=int, default=0, help="first frame of the reference that was restored")
+    evaluate.add_argument("--stop", type=int, help="frame after the last one")
+    evaluate.add_argument("--prepare", choices=("square", "none"), default="square",
+                          help="square (default): crop and resize a reference of another size as `zsvr restore` "
+                          "does, where the output is square")  # fmt: skip
     _metric_arguments(evaluate)
     evaluate.add_argument("--json", help="file for the results")
     evaluate.add_argument("--overwrite", action="store_true")
@@ -142,6 +169,13 @@ class Bar:
         self.bar: Any = None
         self.quiet = quiet or not sys.stderr.isatty()
 
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
     def __call__(self, report: Any) -> None:
         if self.quiet:
             return
@@ -154,8 +188,6 @@ class Bar:
             self.bar = tqdm(total=report.total, unit="step")
         self.bar.update(report.done - self.bar.n)
         self.bar.set_postfix_str(f"t={report.training_step}")
-        if report.done == report.total:
-            self.bar.close()
 
 
 def _arguments_of_operator(options: argparse.Namespace) -> dict[str, Any]:
@@ -170,6 +202,7 @@ def _restore(options: argparse.Namespace, command: Sequence[str]) -> int:
     from zsvr.temporal.settings import Temporal
 
     measures = metrics.MetricOptions(**dict(options.metric))
+    networks = _networks(options)
     if not options.dry_run:
         video.check_target(options.output, lossless=options.lossless, overwrite=options.overwrite)
     arguments = _arguments_of_operator(options)
@@ -182,7 +215,8 @@ def _restore(options: argparse.Namespace, command: Sequence[str]) -> int:
         noise_std=options.sigma, mode="synthetic" if options.synthetic else "real", prepare=options.prepare,
         seed=options.seed, start=options.start, stop=options.stop, flow_path=options.flow_path,
         run=None if options.dry_run else options.run,
-        device=options.device, dtype=options.dtype, compile=options.compile, command=tuple(command),
+        device=options.device, dtype=options.dtype, compile=options.compile, expected_count=options.expected_count,
+        command=tuple(command),
     )  # fmt: skip
     for note in job.notes:
         _say(f"note: {note}")
@@ -197,21 +231,24 @@ def _restore(options: argparse.Namespace, command: Sequence[str]) -> int:
             f"{frames} frames do not fit into the free memory of {job.restoration.y.device}: restore fewer at a time "
             f"(--stop {options.start + max(fitting, 1)}), in bf16 (--dtype bf16), or smaller ones"
         )
-    result = job.start(Bar(options.quiet))
+    with Bar(options.quiet) as bar:
+        result = job.start(bar)
     for note in video.write(
         options.output, result.frames, rate=result.rate, times=result.times, sound=result.sound,
         lossless=options.lossless, overwrite=options.overwrite,
     ):  # fmt: skip
         _say(f"note: {note}")
-    found: dict[str, Any] = {"seconds": result.seconds, "seconds_per_frame": result.seconds / len(result.frames)}
-    if result.clean is not None:
-        clip = job.restoration
-        preview = clip.operator.preview(clip.y).cpu()
-        found |= metrics.evaluate(result.frames, result.clean, options=measures, preview=preview)
-        found["options"] = dataclasses.asdict(measures)
-        _print(metrics.table({"restored": found}))
+    clip = job.restoration
+    if result.clean is None:  # then the degraded clip's flow is the only one there is
+        measures = dataclasses.replace(measures, flow_source="input")
+    found = metrics.evaluate(
+        result.frames, result.clean, options=measures, preview=clip.operator.preview(clip.y).float().cpu(),
+        seconds_per_frame=result.seconds / len(result.frames), peak_memory_mb=metrics.peak_memory_mb(clip.y.device),
+        **networks,
+    )  # fmt: skip
+    _print(metrics.table({"restored": found}))
     if job.run is not None:
-        job.run.write_metrics(found)
+        job.run.write_metrics(found | {"seconds": result.seconds, "options": dataclasses.asdict(measures)})
     _say(f"{options.output}: {len(result.frames)} frames in {result.seconds:.1f} s")
     return OK
 
@@ -236,16 +273,19 @@ def _degrade(options: argparse.Namespace, command: Sequence[str]) -> int:
 
 
 def _evaluate(options: argparse.Namespace, command: Sequence[str]) -> int:
-    from zsvr import metrics, runs, video
+    from zsvr import degrading, metrics, runs, video
     from zsvr.files import check_free, to_json, write_text
-    from zsvr.temporal.semantic import open_clip_encoder
 
     measures = metrics.MetricOptions(**dict(options.metric))
     if options.json:
         check_free(options.json, overwrite=options.overwrite)
-    output, reference = video.read(options.output), video.read(options.reference)
-    encoder = open_clip_encoder(options.clip) if options.clip else None
-    found = metrics.evaluate(output.frames, reference.frames, options=measures, encoder=encoder)
+    output = video.read(options.output).frames
+    reference = video.read(options.reference, options.start, options.stop).frames
+    H, W = output.shape[2:]
+    if options.prepare == "square" and H == W and reference.shape[2:] != output.shape[2:]:
+        _say(f"note: the reference's frames were cropped to a square and brought to {W}x{H} (--prepare none: not)")
+        reference = degrading.prepare(reference, "square", H)
+    found = metrics.evaluate(output, reference, options=measures, **_networks(options))
     found["options"] = dataclasses.asdict(measures)
     _print(metrics.table({pathlib.Path(options.output).name: found}))
     if options.json:

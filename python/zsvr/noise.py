@@ -187,6 +187,7 @@ class FrameNoise:
         flow_forward, flow_backward: ``[T-1, 2, H, W]``, from frame i to i+1 and back, in pixels of that size; only
             modes that follow flow need them. Another size than the canvas is resized (a latent canvas).
         occ_forward, occ_backward: bool ``[T-1, H, W]``, where that flow is occluded.
+        first: number of the first frame in the whole video; frames have their own fields by that number.
 
     Raises:
         ValueError: a mode without the flow it needs, or tensors that do not fit the clip.
@@ -207,11 +208,16 @@ class FrameNoise:
         flow_backward: Tensor | None = None,
         occ_forward: Tensor | None = None,
         occ_backward: Tensor | None = None,
+        first: int = 0,
     ) -> None:
         self.seed, self.frames, self.options = seed, frames, options or NoiseOptions()
+        self.first = first
         self.shape = tuple(shape)
-        if len(self.shape) != 3 or min(self.shape) < 1 or frames < 1:
-            raise ValueError(f"expected shape (C, h, w) and at least one frame, got {self.shape} and {frames}")
+        if len(self.shape) != 3 or min(self.shape) < 1 or frames < 1 or first < 0:
+            raise ValueError(
+                f"expected shape (C, h, w), at least one frame and a first one of at least 0, got {self.shape}, "
+                f"{frames} and {first}"
+            )
         key(seed, "initial")
         self._origin = self._start = self._still = None
         if not self.options.needs_flow or frames == 1:
@@ -255,7 +261,7 @@ class FrameNoise:
 
         Args:
             kind: ``"initial"``, ``"step"`` or ``"travel"``.
-            frames: absolute indices, 0..T-1.
+            frames: indices in the clip, 0..T-1.
             step: training step; -1 for ``"initial"``.
             visit: how often that step ran before (``"travel"``: was returned to before).
 
@@ -271,7 +277,8 @@ class FrameNoise:
 
         def draw(frame: int) -> Tensor:
             if frame not in drawn:
-                drawn[frame] = normal(self.seed, kind, self.shape, step=step, frame=frame, visit=visit)
+                number = SHARED if frame == SHARED else self.first + frame
+                drawn[frame] = normal(self.seed, kind, self.shape, step=step, frame=number, visit=visit)
             return drawn[frame]
 
         fields = [self._blend(frame, draw) for frame in frames]

@@ -97,7 +97,7 @@ def restore(
     steps: int | None = None,
     noise_std: float = 0.0,
     mode: str = "real",
-    prepare: str = "none",
+    prepare: str = "square",
     seed: int = 0,
     start: int = 0,
     stop: int | None = None,
@@ -107,6 +107,7 @@ def restore(
     device: torch.device | str | None = None,
     dtype: str = "fp32",
     compile: bool = False,
+    expected_count: int | None = None,
     callback: Callable[[Report], None] | None = None,
 ) -> Restored:
     """Restore a degraded clip with a pre-trained image diffusion model; no training.
@@ -123,7 +124,8 @@ def restore(
         sampling: the schedule; ``steps`` is a short form of it.
         noise_std: standard deviation of the measurement's noise in [0, 1] units.
         mode: ``"real"``: the input is degraded already. ``"synthetic"``: it is clean; it is degraded first.
-        prepare: ``"square"``: crop and resize the input to what the prior was trained at; ``"none"``.
+        prepare: ``"square"``: crop and resize the input, so that the canvas is what the prior was trained at;
+            ``"none"``: leave it. Exact measurements are never changed.
         seed: of all noise, 0..2^63-1.
         start, stop: range of frames of the source.
         flow: of these frames on its canvas, instead of estimating it; ``flow_path``: weights (raft_large) or folder of
@@ -132,6 +134,7 @@ def restore(
         device, dtype: of the network; None: a GPU if there is one. ``"fp32"``, ``"bf16"``, ``"fp16"``. A prior that
             is open already stays where it is, as it is.
         compile: compile the network with torch.compile.
+        expected_count: attention layers that the network must have; None: what is known of the prior.
         callback: called after every sampling operation.
 
     Returns:
@@ -152,7 +155,7 @@ def restore(
         source, prior=prior, prior_options=prior_options, task=task, operator=operator, host=host,
         host_options=host_options, temporal=temporal, sampling=sampling, steps=steps, noise_std=noise_std, mode=mode,
         prepare=prepare, seed=seed, start=start, stop=stop, flow=flow, flow_path=flow_path, run=run, device=device,
-        dtype=dtype, compile=compile,
+        dtype=dtype, compile=compile, expected_count=expected_count,
     )  # fmt: skip
     return job.start(callback)
 
@@ -171,7 +174,7 @@ def open_job(
     steps: int | None = None,
     noise_std: float = 0.0,
     mode: str = "real",
-    prepare: str = "none",
+    prepare: str = "square",
     seed: int = 0,
     start: int = 0,
     stop: int | None = None,
@@ -181,6 +184,7 @@ def open_job(
     device: torch.device | str | None = None,
     dtype: str = "fp32",
     compile: bool = False,
+    expected_count: int | None = None,
     command: tuple[str, ...] = (),
 ) -> Job:
     """Open and check everything that `restore` needs, estimate flow, and run nothing of the network.
@@ -207,8 +211,6 @@ def open_job(
     measured = _saved_measurement(source, task, operator, mode)
     if measured is not None:
         notes.append("the exact measurement and operator beside the video are used")
-        if prepare != "none":
-            raise ValueError("prepare changes pictures, but the exact measurement beside the video is used: leave it")
         if noise_std not in (0, measured.noise_std):
             raise ValueError(
                 f"noise_std is {noise_std}, but {measured.noise_std} was added, as is recorded beside the video: leave "
@@ -232,15 +234,19 @@ def open_job(
             raise ValueError(f"{source} has {len(clip.frames)} frames, the exact measurement beside it {len(y)}")
     elif mode == "synthetic":
         clean = degrading.prepare(clip.frames, prepare, opened.size[0])
+        notes += _describe_preparation(clip.frames, clean)
         y = degrading.degrade(clean, chosen, noise_std=noise_std, seed=seed, first=start).y
     else:
         side = chosen.measured_shape(opened.size)[1] if prepare == "square" else 0
-        y = chosen.from_picture(degrading.prepare(clip.frames, prepare, side))
+        pictures = degrading.prepare(clip.frames, prepare, side)
+        notes += _describe_preparation(clip.frames, pictures)
+        y = chosen.from_picture(pictures)
 
     method = hosts.make(host, operator=chosen, noise_std=noise_std, **(host_options or {}))
     options = settings.to_dict() | {
         "host": method.describe(), "noise_std": noise_std, "mode": mode, "data.prepare": prepare, "start": start,
-        "stop": stop, "compile": compile, "prior.options": given, "sampler.steps": schedule.steps,
+        "stop": stop, "compile": compile, "expected_count": expected_count, "prior.options": given,
+        "sampler.steps": schedule.steps,
         "sampler.spacing": schedule.spacing, "sampler.travel": list(schedule.travel),
         "latent.host": schedule.latent_host, "latent.every": schedule.latent_every,
         "dtype": "as opened" if isinstance(prior, Prior) else dtype,
@@ -260,25 +266,33 @@ def open_job(
         weights["flow"] = hash_file(flow_path)
     config = runs.config(
         options, inputs=inputs, weights=weights, seed=seed,
-        extra={"operator": _plain(chosen.describe()), "prior": opened.describe()},
+        extra={"operator": _plain(chosen.describe()), "prior": opened.describe(), "device": runs.device(place)},
     )  # fmt: skip
     first = chosen.select(range(1))  # one frame needs no flow: what does not fit is found before anything is made
     method.start(y[:1], first, seed)
     Restoration(y[:1], first, opened, method, settings, schedule, seed=seed)
+    needs_flow = settings.needs_flow and len(y) > 1
+    estimator: flows.Estimator | None = None
+    if needs_flow and (flow is None or settings.flow.refresh_every):
+        estimator = flows.estimator(settings.flow.estimator, path=flow_path, device=place, start=start)
     folder = None if run is None else runs.Run.create(run, config, command=command)
-    if flow is None and settings.needs_flow and len(y) > 1:
-        flow = _flow(settings, chosen, y, clean, flow_path, start, place, folder)
+    if flow is None and estimator is not None:
+        u = _seen_by_flow(settings, chosen, y, clean)
+        estimate = flows.estimate if folder is None else folder.flow
+        flow = estimate(u, estimator, settings.flow)
     if flow is not None and bool(flow.cuts.any()):
         parts = [0, *(flow.cuts.nonzero().flatten() + 1).tolist(), len(y)]
         shots = [range(a, b) for a, b in itertools.pairwise(parts)]
         notes.append(f"{int(flow.cuts.sum())} cuts found; shots {describe_shots(shots)} are restored separately")
 
     def reestimate(u: Tensor) -> Flow:
-        return _estimate(settings, u, flow_path, start, place, None)
+        assert estimator is not None
+        return flows.estimate(u.float().cpu(), estimator, settings.flow)
 
     restoration = Restoration(
         y.to(place), chosen, opened, method, settings, schedule,
-        flow=None if flow is None else flow.to(place), seed=seed, encoder=encoder, reestimate=reestimate,
+        flow=None if flow is None else flow.to(place), seed=seed, first=start, expected_count=expected_count,
+        encoder=encoder, reestimate=None if estimator is None else reestimate,
     )  # fmt: skip
     degraded = to_unit(y)
     degraded = degraded.expand(-1, 3, -1, -1) if degraded.shape[1] == 1 else degraded
@@ -338,32 +352,23 @@ def _operator(task: str | None, operator: Operator | Mapping[str, Any] | None) -
     return operators.make(task, **(operator or {}))
 
 
-def _flow(
-    settings: Temporal,
-    operator: Operator,
-    y: Tensor,
-    clean: Tensor | None,
-    path: Path | None,
-    start: int,
-    device: torch.device,
-    folder: runs.Run | None,
-) -> Flow:
-    if settings.flow.source == "clean":
-        if clean is None:
-            raise ValueError('flow.source="clean" needs mode="synthetic": a real input has no clean frames')
-        seen = clean
-    else:
-        seen = operator.preview(y)
-    return _estimate(settings, seen, path, start, device, folder)
+def _seen_by_flow(settings: Temporal, operator: Operator, y: Tensor, clean: Tensor | None) -> Tensor:
+    if settings.flow.source != "clean":
+        return operator.preview(y).float().cpu()
+    if clean is None:
+        raise ValueError('flow.source="clean" needs mode="synthetic": a real input has no clean frames')
+    return clean
 
 
-def _estimate(
-    settings: Temporal, u: Tensor, path: Path | None, start: int, device: torch.device, folder: runs.Run | None
-) -> Flow:
-    estimator = flows.estimator(settings.flow.estimator, path=path, device=device, start=start)
-    if folder is not None:
-        return folder.flow(u.float().cpu(), estimator, settings.flow)
-    return flows.estimate(u.float().cpu(), estimator, settings.flow)
+def _describe_preparation(before: Tensor, after: Tensor) -> list[str]:
+    """Return a note that says what became of the frames, or none where they are as they were."""
+    sizes = ["x".join(map(str, (x.shape[3], x.shape[2]))) for x in (before, after)]
+    if before.shape == after.shape:
+        return []
+    return [
+        f"frames of {sizes[0]} were cropped to a square and brought to {sizes[1]}, for which the prior was trained "
+        "(prepare='none' leaves them); noise and blur are understood in the smaller frames"
+    ]
 
 
 def _hash(source: Path) -> str:

@@ -21,12 +21,13 @@ from zsvr.restoration import _Window, checkpointed, describe_shots
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors that are alive, without holding any; views of a model's weights count nothing."""
+    """Counts the bytes of tensors that are alive, without holding any; views of a prior's weights count nothing."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, prior: Prior) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self._weights = [x.untyped_storage() for x in (*model.parameters(), *model.buffers())]
+        networks = [x for x in (prior.model, *vars(prior).values()) if isinstance(x, nn.Module)]
+        self._weights = [x.untyped_storage() for net in networks for x in (*net.parameters(), *net.buffers())]
         self._seen: dict[int, int] = {id(storage): 0 for storage in self._weights}
 
     def _forget(self, key: int) -> None:
@@ -54,11 +55,26 @@ def network_bytes(prior: Prior, frames: int, size: tuple[int, int], device: torc
         frames: T of the call. size: of what is denoised, ``(h, w)``.
         gradient: with a backward to the network's input.
     """
-    with torch.set_grad_enabled(gradient), _LiveBytes(prior.model) as live:
+    with torch.set_grad_enabled(gradient), _LiveBytes(prior) as live:
         x = torch.zeros(1, prior.channels, *size, device=device, requires_grad=gradient)
         eps, _ = prior.predict(x, 0)
         if gradient:
             torch.autograd.grad(eps.sum(), x)
+    return live.peak * frames
+
+
+def decoder_bytes(prior: Prior, frames: int, size: tuple[int, int], device: torch.device, *, gradient: bool) -> int:
+    """Return the bytes that decoding needs beside the weights, from one frame; 0 of a prior of pixels.
+
+    Arguments as in `network_bytes`.
+    """
+    if prior.factor == 1:
+        return 0
+    with torch.set_grad_enabled(gradient), _LiveBytes(prior) as live:
+        x = torch.zeros(1, prior.channels, *size, device=device, requires_grad=gradient)
+        u = prior.decode(x)
+        if gradient:
+            torch.autograd.grad(u.sum(), x)
     return live.peak * frames
 
 
@@ -110,9 +126,14 @@ def needed_bytes(job: Job) -> tuple[int, int]:
     clip = job.restoration
     longest = max(len(shot) for shot in clip.shots)
     guides = clip.temporal.guidance is not None and clip.temporal.guidance.target == "x"
-    gradient = clip.host.needs_network_gradient or guides
+    differentiates = clip.host.needs_network_gradient and clip.host_acts(clip.last)
+    where = (clip.size, clip.y.device)
     with checkpointed(clip.prior.model, clip.host):
-        network = network_bytes(clip.prior, longest, clip.size, clip.y.device, gradient=gradient)
+        network = network_bytes(clip.prior, longest, *where, gradient=differentiates or guides)
+    at_once = 1 if getattr(clip.host, "checkpoint", False) else longest
+    at_once = at_once if differentiates else min(longest, getattr(clip.prior, "vae_frames", longest))
+    decoder = decoder_bytes(clip.prior, at_once, *where, gradient=differentiates)
+    network = network + decoder if differentiates else max(network, decoder)  # its graph waits for the decoder's
     state = clip.y.nbytes + 8 * 4 * longest * clip.prior.channels * clip.size[0] * clip.size[1]
     flow = 0 if clip.flow is None else sum(x.nbytes for x in clip.flow.tensors().values())
     needed = network + state + flow

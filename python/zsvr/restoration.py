@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import zsvr_kernels as zk
 from zsvr import samplers, schedule
@@ -80,6 +81,8 @@ class Restoration:
         sampling: the schedule.
         flow: of the clip on its canvas, checked; needed where ``temporal.needs_flow`` and there is more than one frame.
         seed: 0..2^63-1, of all noise.
+        first: number of the first frame in the whole video; noise belongs to frames by number.
+        expected_count: how many attention layers the network must have; None: what the prior says.
         encoder: image encoder of the semantic level of guidance.
         reestimate: gives the flow of frames ``[T, 3, Hc, Wc]`` in [0, 1], for ``flow.refresh_every``.
 
@@ -98,13 +101,16 @@ class Restoration:
         *,
         flow: Flow | None = None,
         seed: int = 0,
+        first: int = 0,
+        expected_count: int | None = None,
         encoder: ImageEncoder | None = None,
         reestimate: Callable[[Tensor], Flow] | None = None,
     ) -> None:
         self.y, self.operator, self.prior, self.host = y, operator, prior, host
         self.temporal = Temporal() if temporal is None else temporal
         self.sampling = Sampling() if sampling is None else sampling
-        self.seed, self.encoder, self.reestimate = seed, encoder, reestimate
+        self.seed, self.first, self.encoder, self.reestimate = seed, first, encoder, reestimate
+        self.expected_count = prior.expected_count if expected_count is None else expected_count
         if y.dim() != 4 or not len(y):
             raise ValueError(f"measurements must be [T, C, H, W] with at least one frame, got {tuple(y.shape)}")
         if not bool(torch.isfinite(y).all()):
@@ -123,17 +129,8 @@ class Restoration:
                 f"{self.canvas[0]}x{self.canvas[1]}: crop or resize it first (prepare='square' makes it "
                 f"{prior.size[0]}x{prior.size[1]})"
             )
-        if prior.factor > 1 and self.acts_on_latents and host.needs_network_gradient:
-            raise ValueError(f"host {host.name!r} needs gradients through a latent prior's decoder: use ddnm or gdp")
         if prior.factor > 1 and self.acts_on_latents and getattr(host, "scale_by_variance", False):
             raise ValueError("gdp.scale_by_variance does nothing with a latent prior, whose host acts without noise")
-        guidance = self.temporal.guidance
-        through = host.needs_network_gradient or (guidance is not None and guidance.target == "x")
-        if guidance is not None and guidance.x0_blend > 0 and through:
-            raise ValueError(
-                "guidance.x0_blend replaces clean estimates, which cuts the gradient through the network that host "
-                "'dps' and guidance.target='x' need: switch one of them off"
-            )
         self.frames = len(y)
         self.size = (self.canvas[0] // prior.factor, self.canvas[1] // prior.factor)
         needs_flow = self.temporal.needs_flow and self.frames > 1
@@ -159,6 +156,11 @@ class Restoration:
         """Whether the host acts on decoded estimates of a latent prior."""
         return self.prior.factor > 1 and self.sampling.latent_host == "project"
 
+    def host_acts(self, k: int) -> bool:
+        """Return whether the host corrects the estimate of step k."""
+        every = self.sampling.latent_every
+        return self.prior.factor == 1 or (self.acts_on_latents and (k % every == 0 or k == self.last))
+
     @property
     def shots(self) -> list[range]:
         """The frames between cuts; each shot is restored by itself."""
@@ -172,7 +174,7 @@ class Restoration:
             names = {"flow_forward": "forward", "flow_backward": "backward"}
             names |= {"occ_forward": "occ_forward", "occ_backward": "occ_backward"}
             fields = {name: getattr(self.flow, source) for name, source in names.items()}
-        return FrameNoise(self.seed, shape, self.frames, self.temporal.noise, **fields)
+        return FrameNoise(self.seed, shape, self.frames, self.temporal.noise, first=self.first, **fields)
 
     def run(self, callback: Callable[[Report], None] | None = None) -> Tensor:
         """Restore the clip.
@@ -261,7 +263,7 @@ class _Window:
                 options, default = self.context.options, zk.SLROptions()
                 names = ("layers", "stages", "min_tokens", "max_tokens")
                 takes_all = all(getattr(options, name) == getattr(default, name) for name in names)
-                count = clip.prior.expected_count if takes_all else None
+                count = clip.expected_count if takes_all else None
                 patch = zk.patched(model, self.context, expected_count=count)
                 clip.patch = stack.enter_context(patch)
             yield
@@ -312,23 +314,24 @@ class _Window:
         a_next = 1.0 if is_last else a_schedule
         variance = schedule.coefficients(a, a_next).var_small
         through = self.guidance is not None and self.guidance.needs_network_gradient(k, clip.K)
+        differentiates = host.needs_network_gradient and clip.host_acts(k)
         pixels = prior.factor == 1
-        with torch.set_grad_enabled(host.needs_network_gradient or through):
-            x = x.detach().requires_grad_(host.needs_network_gradient or through)
+        with torch.set_grad_enabled(differentiates or through):
+            x = x.detach().requires_grad_(differentiates or through)
             eps, frac = prior.predict(x, clip.steps[k])
             raw = samplers.predict_x0(x, eps, a)
-            x0 = raw.clamp(-1, 1) if host.clips_x0 and pixels else raw
             _check_finite(raw, "the prior's prediction", clip.steps[k])  # clamped, infinity would pass for white
+            x0 = raw.clamp(-1, 1) if host.clips_x0 and pixels else raw
+            if self.guidance is not None:
+                x0 = self.guidance.blend(x0, k, clip.K)
             added = None
             if through:
                 assert self.guidance is not None
                 added = self.guidance.shift_through(x, x0, k, clip.K, held=self.held, variance=variance)
-        if not host.needs_network_gradient:  # low light's state would keep every step's graph
+        if not differentiates:  # low light's state would keep every step's graph
             x, x0, frac = x.detach(), x0.detach(), None if frac is None else frac.detach()
         shift = torch.zeros_like(x0.detach())
         if self.guidance is not None:
-            if not x0.requires_grad:  # else x0_blend is refused
-                x0 = self.guidance.blend(x0, k, clip.K)
             shift = self.guidance.shift(x0.detach(), k, clip.K, held=self.held, variance=variance)
         z = torch.zeros_like(shift) if is_last else self._noise("step", clip.steps[k], visit)
         step = Step(
@@ -336,7 +339,7 @@ class _Window:
             a_next=a_next, a_schedule=a_schedule, is_last=is_last, x=x, x0=x0, eps=eps.detach(), frac=frac, z=z,
             shift=shift, held=self.held,
         )  # fmt: skip
-        with torch.set_grad_enabled(host.needs_network_gradient):
+        with torch.set_grad_enabled(differentiates):
             if pixels:
                 x, corrected = host.advance(step, self.y, self.operator, self.state)
             else:
@@ -348,10 +351,19 @@ class _Window:
         return x.detach(), raw.detach(), corrected.detach()
 
     def _advance_latents(self, step: Step) -> tuple[Tensor, Tensor]:
-        """Let the host correct the decoded estimate, as if at its last step, and go on in latents by DDIM's rule."""
-        clip, prior = self.clip, self.clip.prior
+        """Let the host correct the decoded estimate, as if at its last step, and go on in latents by DDNM's rule.
+
+        A host that differentiates through the network does so through the decoder, too, and goes on by DDPM's rule.
+        """
+        clip, prior, host = self.clip, self.clip.prior, self.clip.host
+        if host.needs_network_gradient and clip.acts_on_latents:
+            if clip.host_acts(step.k):
+                step.picture = _decoded(prior, step.x0, host)
+                return host.advance(step, self.y, self.operator, self.state)
+            x = samplers.ddpm(step.x, step.x0, step.eps, step.frac, step.z, step.a, step.a_next)
+            return x + step.shift, step.x0 + step.shift
         x0 = step.x0 + step.shift
-        if clip.acts_on_latents and (step.k % clip.sampling.latent_every == 0 or step.is_last):
+        if clip.host_acts(step.k):
             u = prior.decode(x0).clamp(-1, 1)
             none = torch.zeros_like(u)
             pixels = Step(
@@ -359,10 +371,22 @@ class _Window:
                 a_schedule=step.a_schedule, is_last=True, x=u, x0=u, eps=none, frac=None, z=none, shift=none,
                 held=step.held,
             )  # fmt: skip
-            _, u = clip.host.advance(pixels, self.y, self.operator, self.state)
+            _, u = host.advance(pixels, self.y, self.operator, self.state)
             x0 = prior.encode(u)
-        rule = samplers.ddnm(getattr(clip.host, "eta", 0.85))
+        rule = samplers.ddnm(getattr(host, "eta", 0.85))
         return rule(step.x.detach(), x0, step.eps, step.frac, step.z, step.a, step.a_next), x0
+
+
+def _decoded(prior: Prior, x0: Tensor, host: Host) -> Tensor:
+    """Return latents as pictures, clamped where the host clips.
+
+    Where the host wants checkpoints, the backward holds one frame's activations at a time.
+    """
+    if getattr(host, "checkpoint", False):
+        pictures = torch.cat([checkpoint(prior.decode, latent, use_reentrant=False) for latent in x0.split(1)])
+    else:
+        pictures = prior.decode(x0)
+    return pictures.clamp(-1, 1) if host.clips_x0 else pictures
 
 
 @contextlib.contextmanager

@@ -46,6 +46,15 @@ def versions() -> dict[str, str]:
     return found
 
 
+def device(place: torch.device) -> dict[str, Any]:
+    """Return what of a device decides the last bits of a result: its kind and name; of a CPU its threads, too."""
+    if place.type == "cuda":
+        return {"type": "cuda", "name": torch.cuda.get_device_name(place)}
+    if place.type != "cpu":
+        return {"type": place.type}
+    return {"type": "cpu", "name": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()}
+
+
 def config(
     options: Mapping[str, Any],
     *,

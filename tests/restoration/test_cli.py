@@ -38,7 +38,8 @@ def run(*arguments) -> int:
 
 def test_degrade_restore_evaluate(folder, tmp_path, capsys):
     degraded, restored = tmp_path / "small.mkv", tmp_path / "restored.mkv"
-    assert run("degrade", folder / "clean.mkv", degraded, "--task", "sr_avg", "--scale", 4) == 0
+    task = ("--task", "sr_avg", "--scale", 4, "--size", SIZE)
+    assert run("degrade", folder / "clean.mkv", degraded, *task) == 0
     assert video.read(degraded).frames.shape == (3, 3, SIZE // 4, SIZE // 4)
     common = ("--prior", folder / "prior", "--steps", 3, "--lossless", "--device", "cpu", "--quiet")
     assert run("restore", degraded, restored, *common, "--run", tmp_path / "run") == 0
@@ -154,3 +155,63 @@ def test_a_profile_adds_up(capsys):
     for word in ("network", "attention", "guidance", "host", "outside network and attention"):
         assert word in text
     assert torch.get_default_dtype() == torch.float32
+
+
+def test_restoring_a_real_clip_measures_what_needs_no_reference(folder, tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8,
+        projection_dim=12,
+    )).save_pretrained(tmp_path / "clip")  # fmt: skip
+    status = run("restore", folder / "clean.mkv", tmp_path / "out.mkv", "--prior", folder / "prior", "--task",
+                 "denoise", "--sigma", 0.1, "--steps", 2, "--device", "cpu", "--quiet", "--run", tmp_path / "run",
+                 "--clip", tmp_path / "clip")  # fmt: skip
+    assert status == 0, capsys.readouterr().err
+    found = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert -1 <= found["fs"] <= 1 and found["we"] >= 0 and found["psnr"] is None
+    assert found["flow"]["source"] == found["options"]["flow_source"] == "input"
+    assert found["seconds_per_frame"] > 0 and found["peak_memory_mb"] > 100
+    assert "FS" in capsys.readouterr().out
+
+
+def test_a_reference_is_prepared_as_the_input_was(folder, tmp_path, capsys):
+    wide = torch.nn.functional.interpolate(moving(4), (40, 56), mode="bicubic").clamp(0, 1)
+    video.write(tmp_path / "wide.mkv", wide, lossless=True, rate=12)
+    status = run("restore", tmp_path / "wide.mkv", tmp_path / "out.mkv", "--prior", folder / "prior", "--task",
+                 "denoise", "--sigma", 0.05, "--steps", 2, "--device", "cpu", "--quiet", "--start", 1)  # fmt: skip
+    said = capsys.readouterr().err
+    assert status == 0 and "56x40" in said, said
+    out = video.read(tmp_path / "out.mkv").frames
+    assert out.shape == (3, 3, SIZE, SIZE)
+    arguments = ("evaluate", tmp_path / "out.mkv", "--reference", tmp_path / "wide.mkv", "--start", 1)
+    assert run(*arguments, "--json", tmp_path / "m.json") == 0 and "note: the reference" in capsys.readouterr().err
+    clean = zsvr.degrading.prepare(video.read(tmp_path / "wide.mkv").frames[1:], "square", SIZE)
+    expected = float(zsvr.metrics.psnr(*(zsvr.metrics.quantize(x) for x in (out, clean))).mean())
+    assert json.loads((tmp_path / "m.json").read_text())["psnr"] == pytest.approx(expected)
+    assert run(*arguments, "--prepare", "none") == 1 and "56x40" in capsys.readouterr().err
+
+
+def test_the_bar_is_closed_when_a_run_fails(folder, tmp_path, monkeypatch, capsys):
+    bars = []
+    monkeypatch.setattr(cli.sys.stderr, "isatty", lambda: True, raising=False)
+    real = cli.Bar.__exit__
+
+    def leave(self, *error):
+        real(self, *error)
+        bars.append(self.bar)
+
+    monkeypatch.setattr(cli.Bar, "__exit__", leave)
+    step, calls = restoration._Window._step, []
+
+    def fail_later(self, *rest):
+        calls.append(rest)
+        if len(calls) > 1:
+            raise restoration.NotFiniteError("broken")
+        return step(self, *rest)
+
+    monkeypatch.setattr(restoration._Window, "_step", fail_later)
+    status = run("restore", folder / "clean.mkv", tmp_path / "out.mkv", "--prior", folder / "prior", "--task",
+                 "denoise", "--sigma", 0.1, "--steps", 3, "--device", "cpu")  # fmt: skip
+    assert status == 1 and "broken" in capsys.readouterr().err
+    assert len(bars) == 1 and bars[0].disable  # tqdm disables a bar that is closed

@@ -458,3 +458,9 @@ def test_outputs_of_either_version_are_understood():
     assert torch.equal(semantic.embedding_of(torch.zeros(1)), torch.zeros(1))
     with pytest.raises(TypeError, match="returned a tuple"):
         semantic.embedding_of((torch.zeros(1),))
+
+
+def test_blended_estimates_have_gradients():
+    x, flow = torch.randn(3, 2, 5, 6, dtype=torch.float64, requires_grad=True), 0.7 * torch.randn(2, 2, 5, 6)
+    mask = torch.rand(2, 5, 6, generator=torch.Generator().manual_seed(0)) < 0.6
+    assert torch.autograd.gradcheck(lambda x: guidance.blend_with_previous(x, flow.double(), mask), x)

@@ -116,3 +116,47 @@ def test_guidance_moves_samples_towards_the_posterior(name, host):
         (result.mean(0) - prior.mean).flatten(), (mean - prior.mean).flatten(), 0
     )
     assert float(direction) > 0.8
+
+
+@pytest.mark.parametrize("host", ["ddnm", "ddnm+", "gdp", "dps"])
+def test_every_host_has_the_posterior_mean_where_pixels_are_independent(host):
+    # Then what is measured says nothing of the rest, and the approximations of gdp and dps have no effect on it.
+    generator = torch.Generator().manual_seed(0)
+    mean, change = (0.2 * torch.randn(3, 4, 4, dtype=torch.float64, generator=generator) for _ in range(2))
+    prior = GaussianPrior(mean, torch.tensor(0.04, dtype=torch.float64))
+    operator = operators.make("inpaint", ratio=0.5)
+    n = 256
+    y = operator.A((mean + change)[None]).expand(n, -1, -1, -1)
+    truth, _ = prior.posterior(dense(operator, (4, 4)), y[0], 1e-12)
+    seen = operator.A(torch.ones(1, 3, 4, 4, dtype=torch.float64))[0] > 0.5
+    samples = restore(prior, hosts.make(host), operator, y, steps=100)
+    error, deviation = samples.mean(0) - truth, samples.std(0)
+    z = error[~seen] / (deviation[~seen] / n**0.5)
+    assert 0.5 < float(z.square().mean().sqrt()) < 1.5  # 24 values: chance gives 1 +- 0.14
+    assert 0.14 < float(deviation[~seen].mean()) < 0.22  # 0.2, less what 100 steps lose
+    prior_error = float(change[seen].square().mean().sqrt())
+    if host == "dps":  # whose steps have a fixed length: it goes around the truth
+        assert float(error[seen].square().mean().sqrt()) < 0.1 * prior_error
+        assert 0 < float(deviation[seen].mean()) < 0.1
+    else:
+        assert float(error[seen].abs().max()) < 1e-6 and float(deviation[seen].max()) < 1e-6
+
+
+@pytest.mark.parametrize("host", ["gdp", "dps"])
+def test_the_measurements_error_falls_over_the_whole_run(host):
+    prior = smooth_prior(6, 6)
+    prior = GaussianPrior(0.3 * prior.mean, 0.3 * prior.covariance)
+    factor = torch.linalg.cholesky(prior.covariance)
+    drawn = torch.randn(1, 108, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    truth = prior.mean + (drawn @ factor.T).reshape(1, 3, 6, 6)
+    total = torch.zeros(10, dtype=torch.float64)
+    for name in ("sr_avg", "inpaint", "blur_sep"):
+        operator, method, errors = EVERY[name](), hosts.make(host), []
+        y = operator.A(truth).expand(4, -1, -1, -1)
+        advance = method.advance
+        method.advance = lambda step, *rest: (  # of the network's estimate, before it is corrected
+            errors.append(measured_error(operator, step.x0.detach(), y)) or advance(step, *rest)  # noqa: B023
+        )
+        restore(prior, method, operator, y, steps=500)
+        total += torch.tensor(errors).reshape(10, -1).mean(1)
+    assert (total.diff() < 0).all() and total[-1] < 0.05 * total[0], total.tolist()

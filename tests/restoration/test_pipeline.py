@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import pathlib
 
@@ -10,7 +11,7 @@ import torch
 from restoration_models import SIZE, moving, tiny_prior
 
 import zsvr
-from zsvr import degrading, hosts, operators, pipeline, planning, priors, video
+from zsvr import degrading, hosts, operators, pipeline, planning, priors, runs, video
 from zsvr import flow as flows
 from zsvr.degrading import degrade
 from zsvr.hosts.dps import DPS
@@ -167,8 +168,8 @@ def test_the_exact_measurement_is_cut_like_its_video(prior, tmp_path):
     assert job.config["options"]["noise_std"] == 0.1
     with pytest.raises(ValueError, match="noise_std"):
         pipeline.open_job(path, prior=prior, noise_std=0.2)
-    with pytest.raises(ValueError, match="prepare"):
-        pipeline.open_job(path, prior=prior, prepare="square")
+    for prepare in ("square", "none"):
+        assert torch.equal(pipeline.open_job(path, prior=prior, steps=2, prepare=prepare).restoration.y, made.y)
     video.write(path, moving(4)[..., ::2, ::2], lossless=True, rate=12, overwrite=True)
     with pytest.raises(ValueError, match="4 frames"):
         pipeline.open_job(path, prior=prior)
@@ -203,10 +204,103 @@ def test_the_config_tells_runs_apart(prior, tmp_path):
     assert len(hashes) == 2 and json.dumps(job.config)
 
 
+def test_frames_are_prepared_for_the_prior_and_a_note_says_so(prior):
+    wide = torch.rand(2, 3, 40, 60)
+    job = pipeline.open_job(wide, prior=prior, **COMMON)
+    assert torch.equal(job.clean, degrading.prepare(wide, "square", SIZE)) and job.clean.shape[2:] == (SIZE, SIZE)
+    assert any("60x40" in note and f"{SIZE}x{SIZE}" in note for note in job.notes)
+    real = pipeline.open_job(wide, prior=prior, task="sr_avg", operator={"scale": 4}, steps=2)
+    assert real.restoration.y.shape == (2, 3, SIZE // 4, SIZE // 4) and real.restoration.canvas == (SIZE, SIZE)
+    kept = pipeline.open_job(wide, prior=prior, prepare="none", **COMMON)
+    assert kept.restoration.canvas == (40, 60) and not any("cropped" in note for note in kept.notes)
+    assert not any("cropped" in note for note in pipeline.open_job(moving(2), prior=prior, **COMMON).notes)
+
+
+RECORDED = [  # name of METHOD's table, arguments that set it, where the configuration says so, value
+    ("sampler.K", {"steps": 7}, ("options", "sampler.steps"), 7),
+    ("sampler.spacing", {"sampling": Sampling(5, "linspace")}, ("options", "sampler.spacing"), "linspace"),
+    ("sampler.travel", {"sampling": Sampling(5, travel=(2, 2))}, ("options", "sampler.travel"), [2, 2]),
+    ("sampler.eta", {"host_options": {"eta": 0.5}}, ("options", "host", "eta"), 0.5),
+    ("host", {"host": "gdp"}, ("options", "host", "name"), "gdp"),
+    ("host.scale", {"host": "gdp", "host_options": {"scale": 5.0}}, ("options", "host", "scale"), 5.0),
+    *(
+        ("host.clip_x0", {"host": host, "host_options": {"clip_x0": value}}, ("options", "host", "clip_x0"), value)
+        for host, value in (("ddnm", True), ("gdp", False), ("dps", False))
+    ),
+    ("noise_std", {"noise_std": 0.2}, ("options", "noise_std"), 0.2),
+    ("ddnm.noise_mode", {"noise_std": 0.2, "host_options": {"noise_mode": "isotropic"}},
+     ("options", "host", "noise_mode"), "isotropic"),
+    *(
+        (name, {"host": "gdp", "host_options": {field: value}}, ("options", "host", field), value)
+        for name, field, value in (
+            ("gdp.rescale", "rescale", False), ("gdp.max_gain", "max_gain", None), ("lowlight.f_scope", "f_scope",
+             "frame"), ("lowlight.m_scope", "m_scope", "clip"), ("lowlight.lr", "lr", 0.5),
+        )
+    ),
+    ("dps.zeta", {"host": "dps", "host_options": {"zeta": 0.4}}, ("options", "host", "zeta"), 0.4),
+    ("dps.checkpoint", {"host": "dps", "host_options": {"checkpoint": False}}, ("options", "host", "checkpoint"),
+     False),
+    *(
+        (f"operator.{field}", {"task": "blur_fft", "operator": {"kernel": "gaussian:5,1", field: value}},
+         ("operator", field), value)
+        for field, value in (("svd_tol", 0.1), ("pinv", "cg"), ("cg_iters", 9), ("fft_pad", "reflect"))
+    ),
+    ("mode", {}, ("options", "mode"), "synthetic"),
+    ("data.prepare", {"prepare": "none"}, ("options", "data.prepare"), "none"),
+    ("latent.host", {"sampling": Sampling(5, latent_host="none")}, ("options", "latent.host"), "none"),
+    ("latent.every", {"sampling": Sampling(5, latent_every=3)}, ("options", "latent.every"), 3),
+    ("expected_count", {"expected_count": 5}, ("options", "expected_count"), 5),
+    ("seed", {"seed": 4}, ("seed",), 4),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "arguments", "where", "value"), RECORDED, ids=[r[0] for r in RECORDED])
+def test_options_are_settable_and_recorded(prior, name, arguments, where, value):
+    common = {"task": "sr_avg", "operator": {"scale": 2}, "mode": "synthetic"}
+    others = {key: arguments[key] for key in ("host", "noise_std", "task") if key in arguments and key != name}
+    others |= {"operator": {"kernel": "gaussian:5,1"}} if "task" in arguments else {}
+    configs = [pipeline.open_job(moving(1), prior=prior, **(common | a)).config for a in (arguments, others)]
+    found, default = (functools.reduce(lambda part, key: part[key], where, config) for config in configs)
+    assert found == value and (default != value or name == "mode")
+
+
+def test_an_expected_count_that_is_not_met_is_an_error(prior):
+    job = pipeline.open_job(moving(2), prior=prior, expected_count=5, **COMMON)
+    with pytest.raises(RuntimeError, match="expected 5"):
+        job.start()
+
+
+def test_the_config_names_the_device(prior, monkeypatch):
+    found = pipeline.open_job(moving(1), prior=prior, **COMMON).config["device"]
+    assert found == {"type": "cpu", "name": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()}
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda place: f"a GPU, {place}")
+    assert runs.device(torch.device("cuda:1")) == {"type": "cuda", "name": "a GPU, cuda:1"}
+
+
+def test_the_noise_of_a_frame_does_not_depend_on_where_restoring_starts(prior):
+    common = {"prior": prior, "temporal": "none", **COMMON}
+    whole = zsvr.restore(moving(4), **common)
+    part = zsvr.restore(moving(4), start=2, stop=4, **common)
+    torch.testing.assert_close(part.frames, whole.frames[2:], rtol=0, atol=1e-4)
+    other = zsvr.restore(moving(4)[2:4], **common)
+    assert float((other.frames - whole.frames[2:]).abs().max()) > 0.01
+
+
+def test_the_estimator_is_opened_once(prior, monkeypatch):
+    opened = []
+    real = flows.estimator
+    monkeypatch.setattr(flows, "estimator", lambda *a, **k: opened.append(a) or real(*a, **k))
+    temporal = Temporal.preset("paper", {"flow.refresh_every": 1})
+    zsvr.restore(moving(2), prior=prior, temporal=temporal, **(COMMON | {"steps": 5}))
+    assert len(opened) == 1
+    zsvr.restore(moving(2), prior=prior, temporal="none", **COMMON)
+    assert len(opened) == 1
+
+
 @pytest.mark.parametrize(
     ("frames", "changes"),
     [
-        (torch.rand(2, 3, SIZE - 2, SIZE), {}),
+        (torch.rand(2, 3, SIZE - 2, SIZE), {"prepare": "none"}),
         (moving(2), {"steps": 0}),
         (moving(2), {"sampling": Sampling(5, travel=(0, 2))}),
         (moving(2), {"task": "lowlight", "operator": {"gain": 0.5}, "host": "ddnm"}),

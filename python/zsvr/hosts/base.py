@@ -26,6 +26,7 @@ class Step:
             not yet added. eps: the network's noise. frac: learned variance fraction or None. z: step noise, zeros at
             the last step. Where the host needs the network's gradient, x0 is a function of x that autograd knows.
         shift: temporal shift at x0, like x0 (zero where there is none).
+        picture: x0 decoded, ``[T, 3, H, W]``, as a function of x; None where x0 is a picture itself.
         held: bool ``[T]``, frames of a window that are only carried; their gradients and shifts are zero.
     """
 
@@ -44,6 +45,7 @@ class Step:
     z: Tensor
     shift: Tensor
     held: Tensor
+    picture: Tensor | None = None
 
 
 class Host(abc.ABC):
@@ -51,7 +53,7 @@ class Host(abc.ABC):
 
     Attributes:
         default_steps: K where the user names none.
-        clips_x0: whether x0 is clamped to [-1, 1] before anything else.
+        clips_x0: whether x0 is clamped to [-1, 1] before anything else; an argument ``clip_x0`` of every host.
         needs_network_gradient: x requires a gradient while the network runs (DPS).
     """
 
@@ -90,6 +92,13 @@ def refuse_blind(name: str, operator: Operator) -> None:
     """Raise ValueError for an operator with unknown parameters."""
     if operator.blind:
         raise ValueError(f"host {name!r} needs to know A, but {operator.name} has unknown parameters: use host 'gdp'")
+
+
+def check_flag(name: str, value: bool) -> bool:
+    """Return the flag; TypeError if it is none."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return value
 
 
 def check_noise_std(noise_std: float) -> float:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from zsvr import samplers
-from zsvr.hosts.base import Host, Step, check_noise_std, refuse_blind
+from zsvr.hosts.base import Host, Step, check_flag, check_noise_std, refuse_blind
 from zsvr.operators.base import Flat, Operator, Spectral
 
 NOISE_MODES = ("auto", "isotropic")
@@ -25,14 +25,14 @@ class DDNM(Host):
 
     Args:
         eta: share (as a standard deviation) of fresh noise, 0..1.
+        clip_x0: clamp the clean estimate to [-1, 1] first.
     """
 
     name = "ddnm"
     default_steps = 100
-    clips_x0 = False
 
-    def __init__(self, *, eta: float = 0.85) -> None:
-        self.eta = eta
+    def __init__(self, *, eta: float = 0.85, clip_x0: bool = False) -> None:
+        self.eta, self.clips_x0 = eta, check_flag("host.clip_x0", clip_x0)
         self._rule = samplers.ddnm(eta)
 
     def start(self, y: Tensor, operator: Operator, seed: int, previous: Any = None) -> None:
@@ -44,7 +44,7 @@ class DDNM(Host):
         return self._rule(step.x, x0, step.eps, step.frac, step.z, step.a, step.a_next), x0
 
     def describe(self) -> dict[str, Any]:
-        return {"name": self.name, "eta": self.eta}
+        return {"name": self.name, "eta": self.eta, "clip_x0": self.clips_x0}
 
 
 class DDNMPlus(Host):
@@ -62,16 +62,19 @@ class DDNMPlus(Host):
         noise_std: standard deviation of the measurement's noise in [0, 1] units.
         eta: share (as a standard deviation) of fresh noise, 0..1.
         noise_mode: ``"auto"``: by singular value where the operator has a spectrum; ``"isotropic"``: s = 1.
+        clip_x0: clamp the clean estimate to [-1, 1] first.
     """
 
     name = "ddnm+"
     default_steps = 100
-    clips_x0 = False
 
-    def __init__(self, *, noise_std: float = 0.0, eta: float = 0.85, noise_mode: str = "auto") -> None:
+    def __init__(
+        self, *, noise_std: float = 0.0, eta: float = 0.85, noise_mode: str = "auto", clip_x0: bool = False
+    ) -> None:
         if noise_mode not in NOISE_MODES:
             raise ValueError(f"ddnm.noise_mode must be one of {', '.join(NOISE_MODES)}, got {noise_mode!r}")
         self.noise_std, self.eta, self.noise_mode = check_noise_std(noise_std), eta, noise_mode
+        self.clips_x0 = check_flag("host.clip_x0", clip_x0)
         samplers.check_eta(eta)
 
     def start(self, y: Tensor, operator: Operator, seed: int, previous: Any = None) -> None:
@@ -119,7 +122,8 @@ class DDNMPlus(Host):
         return lam * correction, rest * self._mix(step.z, step.eps)
 
     def describe(self) -> dict[str, Any]:
-        return {"name": self.name, "noise_std": self.noise_std, "eta": self.eta, "noise_mode": self.noise_mode}
+        names = ("noise_std", "eta", "noise_mode")
+        return {"name": self.name, **{name: getattr(self, name) for name in names}, "clip_x0": self.clips_x0}
 
 
 def weights(s: Tensor, g: float, s_n: float, sigma_y: float, eta: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zsvr.hosts.base import Host, Step, of_task, refuse_blind
+from zsvr.hosts.base import Host, Step, check_flag, of_task, refuse_blind
 from zsvr.operators.base import Operator
 from zsvr.schedule import coefficients
 
@@ -23,20 +23,23 @@ FLOOR = 1e-8  # inside the root of the norm
 class DPS(Host):
     """Next x = ``mean + sqrt(var) z - zeta d/dx sum_i |y_i - A x0_i(x)|``, over the frames that are not held.
 
+    Of a latent prior x0 is decoded first, and the gradient goes through the decoder.
+
     Args:
         zeta: step size; None: by task (0.5 for inpainting, 0.3 otherwise; a composition: the smallest of its parts).
         checkpoint: whoever runs the network should recompute activations in the backward instead of keeping them.
+        clip_x0: clamp the clean estimate to [-1, 1]; the gradient goes through that, too.
     """
 
     name = "dps"
     default_steps = 1000
-    clips_x0 = True
     needs_network_gradient = True
 
-    def __init__(self, *, zeta: float | None = None, checkpoint: bool = True) -> None:
+    def __init__(self, *, zeta: float | None = None, checkpoint: bool = True, clip_x0: bool = True) -> None:
         if zeta is not None and not 0 <= zeta < float("inf"):
             raise ValueError(f"dps.zeta must be a number of at least 0, got {zeta!r}")
-        self.zeta, self.checkpoint = zeta, checkpoint
+        self.zeta, self.checkpoint = zeta, check_flag("dps.checkpoint", checkpoint)
+        self.clips_x0 = check_flag("host.clip_x0", clip_x0)
 
     def start(self, y: Tensor, operator: Operator, seed: int, previous: Any = None) -> None:
         refuse_blind(self.name, operator)
@@ -59,7 +62,7 @@ class DPS(Host):
         """
         if not (step.x.requires_grad and step.x0.requires_grad):
             raise ValueError("dps needs x0 as a function of x: run the network with gradients on, x.requires_grad=True")
-        error = (y - operator.A(step.x0))[~step.held]
+        error = (y - operator.A(step.x0 if step.picture is None else step.picture))[~step.held]
         if not len(error):
             return torch.zeros_like(step.x)
         norms = (error.square().sum((1, 2, 3)) + FLOOR).sqrt()
@@ -67,4 +70,4 @@ class DPS(Host):
         return gradient
 
     def describe(self) -> dict[str, Any]:
-        return {"name": self.name, "zeta": self.zeta, "checkpoint": self.checkpoint}
+        return {"name": self.name, "zeta": self.zeta, "checkpoint": self.checkpoint, "clip_x0": self.clips_x0}

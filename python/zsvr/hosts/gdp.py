@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from zsvr import noise
-from zsvr.hosts.base import Host, Step, of_task
+from zsvr.hosts.base import Host, Step, check_flag, of_task
 from zsvr.operators.base import Operator
 from zsvr.schedule import coefficients
 
@@ -64,11 +64,11 @@ class GDP(Host):
         f_scope: ``"clip"``: one f, so that exposure cannot flicker; ``"frame"``.
         m_scope: ``"frame"``, or ``"clip"``: one m for the frames of a window.
         lr: rate of f and m.
+        clip_x0: clamp the clean estimate to [-1, 1] first.
     """
 
     name = "gdp"
     default_steps = 1000
-    clips_x0 = True
 
     def __init__(
         self,
@@ -81,6 +81,7 @@ class GDP(Host):
         f_scope: str = "clip",
         m_scope: str = "frame",
         lr: float = 1.0,
+        clip_x0: bool = True,
     ) -> None:
         for name, value, allowed in (
             ("gdp.form", form, FORMS),
@@ -95,6 +96,7 @@ class GDP(Host):
         self.scale, self.form, self.scale_by_variance = scale, form, scale_by_variance
         self.rescale, self.max_gain = rescale, max_gain
         self.f_scope, self.m_scope, self.lr = f_scope, m_scope, lr
+        self.clips_x0 = check_flag("host.clip_x0", clip_x0)
 
     def start(self, y: Tensor, operator: Operator, seed: int, previous: LightState | None = None) -> LightState | None:
         if not operator.blind:
@@ -165,7 +167,7 @@ class GDP(Host):
 
     def describe(self) -> dict[str, Any]:
         names = ("scale", "form", "scale_by_variance", "rescale", "max_gain", "f_scope", "m_scope", "lr")
-        return {"name": self.name, **{name: getattr(self, name) for name in names}}
+        return {"name": self.name, **{name: getattr(self, name) for name in names}, "clip_x0": self.clips_x0}
 
 
 def color_loss(x: Tensor) -> Tensor:

@@ -181,17 +181,17 @@ def consistency_shift(
     return shift
 
 
-@torch.no_grad()
 def blend_with_previous(x0: Tensor, flow_backward: Tensor, reliable_backward: Tensor) -> Tensor:
     """Return x0 with each frame, in order, replaced by the warped previous one where its flow can be trusted.
 
-    ``x_i := M W(x_{i-1}, F_{i,i-1}) + (1 - M) x_i``, x_{i-1} already blended. Arguments as in `consistency_loss`.
+    ``x_i := M W(x_{i-1}, F_{i,i-1}) + (1 - M) x_i``, x_{i-1} already blended; differentiable in x0. Arguments as in
+    `consistency_loss`.
     """
-    result = x0.clone()
+    blended = list(x0[:1])
     for i in range(1, len(x0)):
-        before = warp(result[i - 1 : i], flow_backward[i - 1 : i])
-        result[i] = torch.where(reliable_backward[i - 1], before[0], result[i])
-    return result
+        before = _Warp.apply(blended[-1][None], flow_backward[i - 1 : i])[0]
+        blended.append(torch.where(reliable_backward[i - 1], before, x0[i]))
+    return torch.stack(blended)
 
 
 class ConsistencyGuidance:
