@@ -265,7 +265,7 @@ def _degrade(options: argparse.Namespace, command: Sequence[str]) -> int:
     notes = degrading.save(
         options.output, measured, rate=clip.rate, times=clip.times, sound=clip.sound, overwrite=options.overwrite
     )
-    for note in (*clip.notes, *notes):
+    for note in (*clip.notes, *degrading.describe_preparation(clip.frames, clean), *notes):
         _say(f"note: {note}")
     shape = "x".join(map(str, (measured.y.shape[3], measured.y.shape[2])))
     _say(f"{options.output}: {len(measured.y)} frames of {shape}, {operator}")
@@ -283,8 +283,9 @@ def _evaluate(options: argparse.Namespace, command: Sequence[str]) -> int:
     reference = video.read(options.reference, options.start, options.stop).frames
     H, W = output.shape[2:]
     if options.prepare == "square" and H == W and reference.shape[2:] != output.shape[2:]:
-        _say(f"note: the reference's frames were cropped to a square and brought to {W}x{H} (--prepare none: not)")
-        reference = degrading.prepare(reference, "square", H)
+        prepared = degrading.prepare(reference, "square", H)
+        _say(f"note: the reference's {degrading.describe_preparation(reference, prepared)[0]}")
+        reference = prepared
     found = metrics.evaluate(output, reference, options=measures, **_networks(options))
     found["options"] = dataclasses.asdict(measures)
     _print(metrics.table({pathlib.Path(options.output).name: found}))

@@ -72,6 +72,17 @@ def prepare(frames: Tensor, how: str = "square", size: int = 256) -> Tensor:
     return F.interpolate(square, (size, size), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
 
 
+def describe_preparation(before: Tensor, after: Tensor) -> list[str]:
+    """Return a note that says what became of the frames, none where their size is as it was."""
+    if before.shape == after.shape:
+        return []
+    sizes = ["x".join(map(str, (x.shape[3], x.shape[2]))) for x in (before, after)]
+    return [
+        f"frames of {sizes[0]} were cropped to a square and brought to {sizes[1]} (prepare=none leaves them); noise and "
+        "blur are understood in the new ones"
+    ]
+
+
 def degrade(clean: Tensor, operator: Operator, *, noise_std: float = 0.0, seed: int = 0, first: int = 0) -> Measurement:
     """Degrade a clean clip: ``y = A(2u - 1) + 2 noise_std n`` with standard normal n that depends on seed and frame.
 

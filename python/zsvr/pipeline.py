@@ -234,12 +234,12 @@ def open_job(
             raise ValueError(f"{source} has {len(clip.frames)} frames, the exact measurement beside it {len(y)}")
     elif mode == "synthetic":
         clean = degrading.prepare(clip.frames, prepare, opened.size[0])
-        notes += _describe_preparation(clip.frames, clean)
+        notes += degrading.describe_preparation(clip.frames, clean)
         y = degrading.degrade(clean, chosen, noise_std=noise_std, seed=seed, first=start).y
     else:
         side = chosen.measured_shape(opened.size)[1] if prepare == "square" else 0
         pictures = degrading.prepare(clip.frames, prepare, side)
-        notes += _describe_preparation(clip.frames, pictures)
+        notes += degrading.describe_preparation(clip.frames, pictures)
         y = chosen.from_picture(pictures)
 
     method = hosts.make(host, operator=chosen, noise_std=noise_std, **(host_options or {}))
@@ -358,17 +358,6 @@ def _seen_by_flow(settings: Temporal, operator: Operator, y: Tensor, clean: Tens
     if clean is None:
         raise ValueError('flow.source="clean" needs mode="synthetic": a real input has no clean frames')
     return clean
-
-
-def _describe_preparation(before: Tensor, after: Tensor) -> list[str]:
-    """Return a note that says what became of the frames, or none where they are as they were."""
-    sizes = ["x".join(map(str, (x.shape[3], x.shape[2]))) for x in (before, after)]
-    if before.shape == after.shape:
-        return []
-    return [
-        f"frames of {sizes[0]} were cropped to a square and brought to {sizes[1]}, for which the prior was trained "
-        "(prepare='none' leaves them); noise and blur are understood in the smaller frames"
-    ]
 
 
 def _hash(source: Path) -> str:

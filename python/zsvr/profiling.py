@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import pathlib
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor
 
 from zsvr import flow as flows
-from zsvr import hosts, operators, priors
+from zsvr import hosts, operators, priors, video
 from zsvr.degrading import degrade
 from zsvr.pipeline import DTYPES, choose_device
 from zsvr.priors.base import Prior
@@ -28,13 +30,16 @@ class Profile:
 
     Attributes:
         seconds: of one sampling step, by part. "network" is all of it but the attention layers.
-        total: of one step. before: flow, once per clip.
+        total: of one step.
+        before: flow, once per clip. reading, writing: of the clip as a lossless video.
         what: the set-up in words.
     """
 
     what: str
     total: float
     before: float
+    reading: float
+    writing: float
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -48,6 +53,8 @@ class Profile:
             lines.append(f"{name:<24}{1e3 * value:>10.1f}{value / self.total:>8.1%}")
         lines.append(f"{'one step':<24}{1e3 * self.total:>10.1f}")
         lines.append(f"{'flow, once per clip':<24}{1e3 * self.before:>10.1f}")
+        lines.append(f"{'reading, once per clip':<24}{1e3 * self.reading:>10.1f}")
+        lines.append(f"{'writing, once per clip':<24}{1e3 * self.writing:>10.1f}")
         lines.append(f"outside network and attention: {self.overhead:.1%}")
         return "\n".join(lines)
 
@@ -171,9 +178,21 @@ def profile(
         total = clock.now() - started
     seconds = {name: value / steps for name, value in clock.seconds.items()}
     seconds["everything else"] = total / steps - sum(seconds.values())
+    reading, writing = _time_files(clean)
     parameters = sum(p.numel() for p in opened.model.parameters())
     what = f"{frames} frames of {size}x{size}, network of {parameters / 1e6:.1f} M parameters, {dtype} on {place}"
-    return Profile(what, total / steps, before, seconds)
+    return Profile(what, total / steps, before, reading, writing, seconds)
+
+
+def _time_files(frames: Tensor) -> tuple[float, float]:
+    """Return the seconds that it takes to read and to write frames as a lossless video."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "clip.mkv"
+        started = time.perf_counter()
+        video.write(path, frames, lossless=True)
+        written = time.perf_counter()
+        video.read(path)
+        return time.perf_counter() - written, written - started
 
 
 def _method(clock: _Clock, part: str, owner: Any, name: str) -> Callable[..., Any]:

@@ -152,7 +152,7 @@ def test_importing_is_light():
 def test_a_profile_adds_up(capsys):
     assert run("bench", "--width", 32, "--size", 32, "--frames", 2, "--steps", 1, "--device", "cpu") == 0
     text = capsys.readouterr().out
-    for word in ("network", "attention", "guidance", "host", "outside network and attention"):
+    for word in ("network", "attention", "guidance", "host", "outside network and attention", "reading", "writing"):
         assert word in text
     assert torch.get_default_dtype() == torch.float32
 
