@@ -78,8 +78,8 @@ def describe_preparation(before: Tensor, after: Tensor) -> list[str]:
         return []
     sizes = ["x".join(map(str, (x.shape[3], x.shape[2]))) for x in (before, after)]
     return [
-        f"frames of {sizes[0]} were cropped to a square and brought to {sizes[1]} (prepare=none leaves them); noise and "
-        "blur are understood in the new ones"
+        f"frames of {sizes[0]} were cropped to a square and brought to {sizes[1]} (prepare=none leaves them); noise "
+        "and blur are understood in the new ones"
     ]
 
 
