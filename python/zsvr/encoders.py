@@ -1,4 +1,7 @@
-"""Networks that metrics look through, from local files: LPIPS and Inception. CLIP: `zsvr.temporal.semantic`."""
+"""Networks that metrics look through, from local files: LPIPS and Inception.
+
+I3D: `zsvr.i3d`; CLIP: `zsvr.temporal.semantic`.
+"""
 
 from __future__ import annotations
 

@@ -232,8 +232,8 @@ def evaluate(
         preview: the degraded clip as a picture, ``[T, 3, H, W]``: its flow is WE's with flow_source "input".
         encoder: for FS, see `zsvr.temporal.semantic.open_clip_encoder`.
         lpips: for LPIPS and tLPIPS, see `zsvr.encoders.LPIPS`.
-        inception: features ``[N, D]`` of frames ``[N, 3, H, W]``, for FID.
-        i3d: features ``[N, D]`` of clips ``[N, 3, 16, H, W]``, for FVD.
+        inception: features ``[N, D]`` of frames ``[N, 3, H, W]``, for FID, see `zsvr.encoders.inception`.
+        i3d: features ``[N, D]`` of clips ``[N, 3, 16, H, W]``, for FVD, see `zsvr.i3d.i3d`.
         seconds_per_frame, peak_memory_mb: passed through to the result.
 
     Returns:
