@@ -13,7 +13,11 @@ from zsvr_kernels.sampling import warp
 
 
 def quantize(clip: Tensor) -> Tensor:
-    """Return a clip clipped to [0, 1] and rounded to the 256 levels of a picture file, ``floor(255u + 0.5) / 255``."""
+    """Return a clip clipped to [0, 1] and rounded to the 256 levels of a picture file, ``floor(255u + 0.5) / 255``.
+
+    Clips of 16-bit floats, which do not hold these levels, come back as float32.
+    """
+    clip = clip.to(torch.promote_types(clip.dtype, torch.float32))
     return torch.floor(clip.clamp(0, 1) * 255 + 0.5) / 255
 
 
