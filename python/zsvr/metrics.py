@@ -135,10 +135,10 @@ def warping_error(output: Tensor, flow: Flow, *, dynamic_px: float = 1.0) -> dic
         forward, backward = flow.forward[n : n + 1], flow.backward[n : n + 1]
         visible = ~occluded(forward, backward)
         moving = forward.norm(dim=1) > dynamic_px
-        pair = output[n : n + 2]
-        parts["we"].append(100 * warping_errors(pair, forward, visible))
-        parts["we_static"].append(100 * warping_errors(pair, forward, visible & ~moving))
-        parts["we_dynamic"].append(100 * warping_errors(pair, forward, visible & moving))
+        counted = torch.stack((visible, visible & ~moving, visible & moving))
+        errors = 100 * warping_errors(output[n : n + 2], forward, counted)
+        for name, error in zip(("we", "we_static", "we_dynamic"), errors, strict=True):
+            parts[name].append(error)
         parts["visible"].append(visible.double().mean()[None])
         parts["dynamic"].append((visible & moving).double().mean()[None])
     empty = torch.zeros(0, dtype=torch.float64)

@@ -182,6 +182,9 @@ def test_what_is_occluded_does_not_count():
     far = torch.full((1, 2, 9, 12), 100.0)
     result = metrics.warping_error(clip, known(far, -far))
     assert result["visible"].tolist() == [0] and result["we"].tolist() == [0]
+    # what comes back from so far that its square is no float32 does not match either
+    backward = torch.full((1, 2, 9, 12), 1e20)
+    assert metrics.warping_error(clip, known(torch.zeros(1, 2, 9, 12), backward))["visible"].tolist() == [0]
 
 
 def sampled(picture: np.ndarray, x: float, y: float) -> np.ndarray:
