@@ -187,9 +187,14 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     """Return the Frechet distance of Gaussians fitted to features ``[N, D]``; NaN with fewer than two of either.
 
     ``|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2))``. Source: Heusel et al., NeurIPS 2017.
+
+    Raises:
+        ValueError: features that are not finite, as a network with broken weights gives.
     """
     if min(len(a), len(b)) < 2:
         return math.nan
+    if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+        raise ValueError("features are not finite: check the frames and the weights of the network")
     a, b = a.double().cpu(), b.double().cpu()
     cov_a, cov_b = torch.cov(a.T).reshape(a.shape[1], -1), torch.cov(b.T).reshape(b.shape[1], -1)
     values, vectors = torch.linalg.eigh(cov_a)
@@ -237,7 +242,7 @@ def evaluate(
         output: floating ``[T, 3, H, W]``, clipped to [0, 1].
         reference: the clean clip, of the same shape. Without it only WE (on ``preview``'s flow) and FS are known.
         options: see `MetricOptions`.
-        estimator, flow_options: of WE and OFME; None: DIS.
+        estimator, flow_options: of WE and OFME; None: DIS. Files (`zsvr.flow.Given`) give no OFME.
         flow: the source's flow if it is known already, for WE and OFME; ``options.flow_source`` says of what.
         preview: the degraded clip as a picture, ``[T, 3, H, W]``: its flow is WE's with flow_source "input".
         encoder: for FS, see `zsvr.temporal.semantic.open_clip_encoder`.

@@ -346,6 +346,8 @@ def test_frechet_distance_is_that_of_the_formula():
     assert metrics.frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
     assert metrics.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
     assert math.isnan(metrics.frechet_distance(a[:1], b))
+    with pytest.raises(ValueError, match="features are not finite"):
+        metrics.frechet_distance(a, b / 0)
 
 
 def test_fid_is_over_frames_and_fvd_over_sixteen():
