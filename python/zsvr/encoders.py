@@ -1,8 +1,12 @@
-"""Networks that metrics look through, from local files: LPIPS and Inception. CLIP: `zsvr.temporal.semantic`."""
+"""Networks that metrics look through, from local files: LPIPS and Inception.
+
+I3D: `zsvr.i3d`; CLIP: `zsvr.temporal.semantic`.
+"""
 
 from __future__ import annotations
 
 import pathlib
+import tempfile
 from collections.abc import Callable
 
 import torch
@@ -74,10 +78,11 @@ def inception(weights: Path, device: torch.device | str = "cpu") -> Callable[[Te
     """Return the 2048 Inception features of FID (Heusel et al., NeurIPS 2017), through the package torch-fidelity.
 
     Args:
-        weights: its file weights-inception-2015-12-05-6726825d.pth.
+        weights: its file weights-inception-2015-12-05-6726825d.pth, or the same as .safetensors.
 
     Raises:
-        FileNotFoundError: there is no such file. ModuleNotFoundError: torch-fidelity (or its torchvision) is missing.
+        FileNotFoundError: there is no such file. ValueError: it holds something else.
+        ModuleNotFoundError: torch-fidelity (or its torchvision) is missing.
     """
     if not pathlib.Path(weights).is_file():
         raise FileNotFoundError(f"there are no weights of FID's Inception at {weights}")
@@ -85,6 +90,13 @@ def inception(weights: Path, device: torch.device | str = "cpu") -> Callable[[Te
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except (ImportError, RuntimeError) as error:
         raise ModuleNotFoundError(f"FID needs torch-fidelity and a torchvision that fits torch ({error})") from error
-    network = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(weights))
+    tensors = state_dict(weights)
+    with tempfile.TemporaryDirectory() as folder:  # the package would execute what a file tells it to
+        clean = f"{folder}/inception.pth"
+        torch.save(tensors, clean)
+        try:
+            network = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=clean)
+        except RuntimeError as error:
+            raise ValueError(f"{weights} is no state dict of FID's Inception: {str(error)[:300]}") from error
     network = network.eval().to(device)
     return lambda u: network((u.clamp(0, 1) * 255 + 0.5).to(torch.uint8).to(device))[0]

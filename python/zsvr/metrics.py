@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zsvr.flow import DIS, EstimationOptions, Estimator, Flow, estimate
+from zsvr.flow import DIS, EstimationOptions, Estimator, Flow, Given, estimate
 from zsvr.flow.estimators import luma as to_luma
 from zsvr_kernels.demo.metrics import occluded, psnr_frames, quantize, ssim_frames, warping_errors
 
@@ -65,20 +65,23 @@ class MetricOptions:
             raise ValueError(f"dynamic_px must be at least 0, got {self.dynamic_px}")
 
 
-def _check_clips(output: Tensor, reference: Tensor) -> None:
-    for name, x in (("output", output), ("reference", reference)):
+def _check_clips(output: Tensor, other: Tensor, name: str = "reference") -> None:
+    for label, x in (("output", output), (name, other)):
         if x.dim() != 4 or x.shape[1] not in (1, 3) or not x.is_floating_point() or len(x) < 1:
-            raise ValueError(f"{name} must be floating [T, 3, H, W] in [0, 1], got {tuple(x.shape)} of {x.dtype}")
-    if output.shape != reference.shape:
-        sizes = [f"{len(x)} frames of {x.shape[3]}x{x.shape[2]}" for x in (output, reference)]
-        raise ValueError(f"output has {sizes[0]}, reference {sizes[1]}: they must be the same")
+            raise ValueError(f"{label} must be floating [T, 3, H, W] in [0, 1], got {tuple(x.shape)} of {x.dtype}")
+        broken = (~torch.isfinite(x).flatten(1).all(1)).nonzero().flatten().tolist()
+        if broken:
+            raise ValueError(f"{label} has values that are not finite in {len(broken)} frames, first in {broken[0]}")
+    if output.shape != other.shape:
+        sizes = [f"{len(x)} frames of {x.shape[3]}x{x.shape[2]}" for x in (output, other)]
+        raise ValueError(f"output has {sizes[0]}, {name} {sizes[1]}: they must be the same")
 
 
 def psnr(output: Tensor, reference: Tensor, *, luma: bool = False) -> Tensor:
     """Return the PSNR of every frame in dB, at most 100, float64 ``[T]``; clips ``[T, 3, H, W]`` in [0, 1].
 
     Raises:
-        ValueError: clips of different shapes.
+        ValueError: clips of different shapes, or with values that are not finite.
     """
     _check_clips(output, reference)
     return psnr_frames(*_channels(output, reference, luma))
@@ -90,7 +93,7 @@ def ssim(output: Tensor, reference: Tensor, *, luma: bool = False) -> Tensor:
     Source: Wang et al., IEEE TIP 2004: Gaussian 11 x 11, std 1.5, valid region, population covariance, mean over RGB.
 
     Raises:
-        ValueError: clips of different shapes, or smaller than the window.
+        ValueError: clips of different shapes, smaller than the window, or with values that are not finite.
     """
     _check_clips(output, reference)
     if min(output.shape[2:]) < SSIM_WINDOW:
@@ -132,10 +135,10 @@ def warping_error(output: Tensor, flow: Flow, *, dynamic_px: float = 1.0) -> dic
         forward, backward = flow.forward[n : n + 1], flow.backward[n : n + 1]
         visible = ~occluded(forward, backward)
         moving = forward.norm(dim=1) > dynamic_px
-        pair = output[n : n + 2]
-        parts["we"].append(100 * warping_errors(pair, forward, visible))
-        parts["we_static"].append(100 * warping_errors(pair, forward, visible & ~moving))
-        parts["we_dynamic"].append(100 * warping_errors(pair, forward, visible & moving))
+        counted = torch.stack((visible, visible & ~moving, visible & moving))
+        errors = 100 * warping_errors(output[n : n + 2], forward, counted)
+        for name, error in zip(("we", "we_static", "we_dynamic"), errors, strict=True):
+            parts[name].append(error)
         parts["visible"].append(visible.double().mean()[None])
         parts["dynamic"].append((visible & moving).double().mean()[None])
     empty = torch.zeros(0, dtype=torch.float64)
@@ -157,9 +160,12 @@ def flow_error(output: Flow, reference: Flow, *, norm: str = "epe") -> Tensor:
 
 
 def clip_crop(u: Tensor, size: int = CLIP_SIZE) -> Tensor:
-    """Return frames ``[N, 3, H, W]`` with the shorter side at ``size`` (antialiased bicubic), centre-cropped."""
+    """Return frames ``[N, 3, H, W]`` with the shorter side at ``size`` (antialiased bicubic), centre-cropped.
+
+    The longer side is rounded down, as CLIP's own preprocessing does.
+    """
     H, W = u.shape[-2:]
-    scaled = [max(size, round(side * size / min(H, W))) for side in (H, W)]
+    scaled = [side * size // min(H, W) for side in (H, W)]
     u = F.interpolate(u, size=scaled, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
     top, left = (scaled[0] - size) // 2, (scaled[1] - size) // 2
     return u[..., top : top + size, left : left + size]
@@ -181,9 +187,14 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     """Return the Frechet distance of Gaussians fitted to features ``[N, D]``; NaN with fewer than two of either.
 
     ``|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2))``. Source: Heusel et al., NeurIPS 2017.
+
+    Raises:
+        ValueError: features that are not finite, as a network with broken weights gives.
     """
     if min(len(a), len(b)) < 2:
         return math.nan
+    if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+        raise ValueError("features are not finite: check the frames and the weights of the network")
     a, b = a.double().cpu(), b.double().cpu()
     cov_a, cov_b = torch.cov(a.T).reshape(a.shape[1], -1), torch.cov(b.T).reshape(b.shape[1], -1)
     values, vectors = torch.linalg.eigh(cov_a)
@@ -197,6 +208,10 @@ def _windows(clip: Tensor, length: int) -> Tensor:
     """Return the windows ``[N, 3, length, H, W]`` of a clip ``[T, 3, H, W]`` that do not overlap."""
     count = len(clip) // length
     return clip[: count * length].unflatten(0, (count, length)).transpose(1, 2)
+
+
+def _clipped(clip: Tensor) -> Tensor:
+    return clip.to(torch.promote_types(clip.dtype, torch.float32)).clamp(0, 1)
 
 
 def _mean(values: Tensor) -> float:
@@ -224,16 +239,16 @@ def evaluate(
     """Measure a restored clip.
 
     Args:
-        output: ``[T, 3, H, W]`` in [0, 1].
+        output: floating ``[T, 3, H, W]``, clipped to [0, 1].
         reference: the clean clip, of the same shape. Without it only WE (on ``preview``'s flow) and FS are known.
         options: see `MetricOptions`.
-        estimator, flow_options: of WE and OFME; None: DIS.
+        estimator, flow_options: of WE and OFME; None: DIS. Files (`zsvr.flow.Given`) give no OFME.
         flow: the source's flow if it is known already, for WE and OFME; ``options.flow_source`` says of what.
         preview: the degraded clip as a picture, ``[T, 3, H, W]``: its flow is WE's with flow_source "input".
         encoder: for FS, see `zsvr.temporal.semantic.open_clip_encoder`.
         lpips: for LPIPS and tLPIPS, see `zsvr.encoders.LPIPS`.
-        inception: features ``[N, D]`` of frames ``[N, 3, H, W]``, for FID.
-        i3d: features ``[N, D]`` of clips ``[N, 3, 16, H, W]``, for FVD.
+        inception: features ``[N, D]`` of frames ``[N, 3, H, W]``, for FID, see `zsvr.encoders.inception`.
+        i3d: features ``[N, D]`` of clips ``[N, 3, 16, H, W]``, for FVD, see `zsvr.i3d.i3d`.
         seconds_per_frame, peak_memory_mb: passed through to the result.
 
     Returns:
@@ -242,16 +257,18 @@ def evaluate(
         flow and from which estimator; ``notes``, why a value is missing.
 
     Raises:
-        ValueError: clips that do not fit each other.
+        ValueError: clips that do not fit each other, or with values that are not finite.
     """
     options = MetricOptions() if options is None else options
     estimator = DIS() if estimator is None else estimator
     flow_options = EstimationOptions() if flow_options is None else flow_options
-    for other in (reference, preview):
-        _check_clips(output, output if other is None else other)
-    if options.quantize:
-        output = quantize(output)
-        reference = None if reference is None else quantize(reference)
+    for name, other in (("output", output), ("reference", reference), ("preview", preview)):
+        if other is not None:
+            _check_clips(output, other, name)
+    clip = quantize if options.quantize else _clipped
+    device, output = output.device, clip(output)
+    reference = None if reference is None else clip(reference).to(device)
+    preview = None if preview is None else _clipped(preview).to(device)
     T, notes, cuts = len(output), [], torch.zeros(len(output) - 1, dtype=torch.bool)
     frame: dict[str, Tensor] = {}
     pair: dict[str, Tensor] = {}
@@ -275,14 +292,22 @@ def evaluate(
             flow = estimate(source, estimator, flow_options)
             described = {"source": options.flow_source, "estimator": estimator.describe()}
         assert flow is not None
+        flow = flow.to(device)
         cuts = flow.cuts.cpu()
         pair |= warping_error(output, flow, dynamic_px=options.dynamic_px)
-        if reference is not None:
-            whole = replace(flow_options, cut_threshold=1.0)
-            own = flow if options.flow_source == "gt" and "estimator" in described else None
-            own = estimate(reference, estimator, whole) if own is None else own
-            moved = estimate(output, estimator, whole)
-            pair["ofme"] = flow_error(moved, own, norm=options.ofme_norm).masked_fill(cuts, math.nan)
+    if isinstance(estimator, Given):
+        notes.append("ofme: the estimator reads files, which do not depend on the output")
+    elif T > 1 and reference is not None:
+        whole = replace(flow_options, cut_threshold=1.0)
+        if flow is None:
+            flow = estimate(reference, estimator, flow_options)
+            own, cuts = flow, flow.cuts.cpu()
+        elif options.flow_source == "gt" and described is not None and "estimator" in described:
+            own = flow
+        else:
+            own = estimate(reference, estimator, whole)
+        moved = estimate(output, estimator, whole)
+        pair["ofme"] = flow_error(moved, own, norm=options.ofme_norm).masked_fill(cuts, math.nan)
     if encoder is None:
         notes.append("fs: no encoder given, such as CLIP from a local folder")
     elif T > 1:

@@ -263,6 +263,22 @@ def test_flow_that_is_not_finite_is_zero_and_occluded():
     assert not flow.forward.any() and not flow.backward.any()
 
 
+@pytest.mark.parametrize("options", [{}, {"max_side": 64}, {"check": "S"}, {"check": "none"}])
+def test_flow_that_is_not_finite_makes_a_cut_whatever_the_check(options):
+    unknown = torch.full((1, 2, 32, 32), math.nan)
+    flow = flows.estimate(torch.full((2, 3, 32, 32), 0.5), Fixed(unknown, unknown), flows.EstimationOptions(**options))
+    assert flow.cuts.tolist() == [True] and flow.failed.tolist() == [1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_frames_of_16_bit_floats_are_reduced_as_float32(dtype):
+    u = moving(2, (48, 64), (2, 1)).to(dtype)
+    options = flows.EstimationOptions(max_side=32)
+    assert torch.equal(
+        flows.estimate(u, flows.DIS(), options).forward, flows.estimate(u.float(), flows.DIS(), options).forward
+    )
+
+
 def test_the_checks_result_goes_to_the_nearest_pixel():
     """From 16 x 20 to 24 x 30: output n takes input floor((n + 0.5) / 1.5), so 1 and 2 take 1, 4 and 5 take 3."""
     forward, backward = constant(1, (16, 20), 0, 0), constant(1, (16, 20), 0, 0)

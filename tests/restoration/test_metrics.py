@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-import pathlib
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from zsvr import encoders, metrics, video
-from zsvr.flow import DIS, EstimationOptions, Flow, Zero, estimate
+from zsvr import metrics, video
+from zsvr.flow import DIS, EstimationOptions, Flow, Zero, estimate, write_flow
+from zsvr.flow import Given as FromFiles
 from zsvr.temporal.semantic import MEAN, STD, open_clip_encoder
 
 
@@ -90,6 +90,45 @@ def test_quantizing_rounds_as_a_file_does(tmp_path):
         assert torch.equal(video.read(tmp_path / name).frames, metrics.quantize(output))
 
 
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+def test_values_that_are_not_finite_are_refused_and_not_left_out(broken):
+    """A frame without a PSNR would be left out of the mean, as pairs across cuts are: a broken clip would look good."""
+    output, truth = clips(3, (32, 32))
+    bad = output.clone()
+    bad[1, 0, 3, 4] = broken
+    for measure in (metrics.psnr, metrics.ssim, metrics.evaluate):
+        with pytest.raises(ValueError, match="output has values that are not finite in 1 frames, first in 1"):
+            measure(bad, truth)
+    with pytest.raises(ValueError, match="reference has values that are not finite"):
+        metrics.evaluate(output, bad)
+    with pytest.raises(ValueError, match="preview has values that are not finite"):
+        metrics.evaluate(output, truth, preview=bad)
+    with pytest.raises(ValueError, match="output has 3 frames of 32x32, preview 2 frames of 32x32"):
+        metrics.evaluate(output, truth, preview=truth[:2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("quantized", [True, False])
+def test_clips_of_16_bit_floats_are_measured_as_float32(dtype, quantized):
+    """255 levels do not fit bfloat16, and their half steps do not fit float16."""
+    output, truth = (x.to(dtype) for x in clips(3, (32, 40)))
+    assert torch.equal(metrics.quantize(output), metrics.quantize(output.float()))
+    options, reduced = metrics.MetricOptions(quantize=quantized), EstimationOptions(max_side=24)
+    ours = metrics.evaluate(output, truth, options=options, flow_options=reduced)
+    wide = metrics.evaluate(output.float(), truth.float(), options=options, flow_options=reduced)
+    for kind in ("per_frame", "per_pair"):
+        np.testing.assert_equal(ours[kind], wide[kind])
+
+
+def test_clips_are_clipped_with_and_without_quantizing():
+    output, truth = clips(3, (32, 40))
+    options = metrics.MetricOptions(quantize=False)
+    wild = 2 * output - 0.5
+    ours = metrics.evaluate(wild, truth, options=options)
+    assert ours["per_frame"] == metrics.evaluate(wild.clamp(0, 1), truth, options=options)["per_frame"]
+    assert ours["psnr"] > metrics.psnr(wild, truth).mean() + 1
+
+
 # ---- warping error, by hand ----
 
 
@@ -143,6 +182,51 @@ def test_what_is_occluded_does_not_count():
     far = torch.full((1, 2, 9, 12), 100.0)
     result = metrics.warping_error(clip, known(far, -far))
     assert result["visible"].tolist() == [0] and result["we"].tolist() == [0]
+    # what comes back from so far that its square is no float32 does not match either
+    backward = torch.full((1, 2, 9, 12), 1e20)
+    assert metrics.warping_error(clip, known(torch.zeros(1, 2, 9, 12), backward))["visible"].tolist() == [0]
+
+
+def sampled(picture: np.ndarray, x: float, y: float) -> np.ndarray:
+    """Return ``picture [C, H, W]`` at a position, bilinearly, clamped to the border."""
+    height, width = picture.shape[1:]
+    x, y = min(max(x, 0.0), width - 1.0), min(max(y, 0.0), height - 1.0)
+    left, top = math.floor(x), math.floor(y)
+    right, below = min(left + 1, width - 1), min(top + 1, height - 1)
+    upper = (left + 1 - x) * picture[:, top, left] + (x - left) * picture[:, top, right]
+    lower = (left + 1 - x) * picture[:, below, left] + (x - left) * picture[:, below, right]
+    return (top + 1 - y) * upper + (y - top) * lower
+
+
+@pytest.mark.parametrize(("seed", "amplitude", "offset"), [(0, 0.3, 0.0), (1, 1.0, 2.0), (3, 0.5, 1.0)])
+def test_warping_error_is_that_of_a_loop_over_pixels(seed, amplitude, offset):
+    generator = torch.Generator().manual_seed(seed)
+    smooth = F.interpolate(torch.randn(2, 2, 3, 3, generator=generator), (11, 14), mode="bilinear", align_corners=True)
+    forward = amplitude * smooth + offset * torch.randn(1, 2, 1, 1, generator=generator)
+    backward = 0.2 * torch.randn(forward.shape, generator=generator) - forward
+    output = torch.rand(3, 3, 11, 14, generator=generator)
+    ours = metrics.warping_error(output, known(forward, backward))
+    o, there, back = (x.double().numpy() for x in (output, forward, backward))
+    for n in range(2):
+        errors: dict[str, list[float]] = {"we": [], "we_static": [], "we_dynamic": []}
+        for y, x in np.ndindex(11, 14):
+            f = there[n, :, y, x]
+            g = sampled(back[n], x + f[0], y + f[1])
+            gradient = 0.0
+            if x < 13:
+                gradient += ((there[n, :, y, x + 1] - f) ** 2).sum()
+            if y < 10:
+                gradient += ((there[n, :, y + 1, x] - f) ** 2).sum()
+            inside = -0.5 <= x + f[0] <= 13.5 and -0.5 <= y + f[1] <= 10.5
+            mismatch = ((f + g) ** 2).sum() > 0.01 * ((f**2).sum() + (g**2).sum()) + 0.5
+            if mismatch or gradient > 0.01 * (f**2).sum() + 0.002 or not inside:
+                continue
+            error = ((sampled(o[n + 1], x + f[0], y + f[1]) - o[n, :, y, x]) ** 2).mean()
+            errors["we"].append(error)
+            errors["we_dynamic" if math.hypot(*f) > 1 else "we_static"].append(error)
+        assert errors["we"]
+        for name, values in errors.items():
+            assert float(ours[name][n]) == pytest.approx(100 * float(np.mean(values)) if values else 0, abs=1e-4), name
 
 
 def test_a_video_that_stands_still_has_no_error_and_a_flickering_one_has():
@@ -153,7 +237,7 @@ def test_a_video_that_stands_still_has_no_error_and_a_flickering_one_has():
     assert metrics.evaluate(flicker, picture.expand(4, -1, -1, -1), estimator=Zero())["we"] > 0.1
 
 
-# ---- FS, OFME, FID, FVD, LPIPS ----
+# ---- FS, OFME, FID, FVD ----
 
 
 def mean_colour(u: torch.Tensor) -> torch.Tensor:
@@ -175,6 +259,18 @@ def test_frame_similarity_by_hand():
     picture = torch.rand(1, 3, 30, 60)
     resized = F.interpolate(picture, (224, 448), mode="bicubic", antialias=True).clamp(0, 1)
     assert torch.allclose(metrics.clip_crop(picture), resized[..., 112:336], atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(225, 227), (333, 250), (101, 190), (224, 224)])
+def test_the_crop_is_that_of_clips_own_preprocessing(size):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("PIL")
+    kind = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
+    processor = kind(do_normalize=False, size={"shortest_edge": 224}, crop_size={"height": 224, "width": 224})
+    u = metrics.quantize(F.interpolate(torch.rand(1, 3, 12, 17), size, mode="bilinear"))
+    picture = (255 * u[0]).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    theirs = torch.as_tensor(processor(images=picture, return_tensors="pt").pixel_values)
+    assert (metrics.clip_crop(u) - theirs).abs().max() < 2 / 255  # theirs rounds after each axis
 
 
 def test_clip_from_a_local_folder(tmp_path):
@@ -220,6 +316,25 @@ def test_flow_error_by_hand(norm, expected):
     assert result["ofme"] == pytest.approx(expected)
 
 
+def test_flow_from_files_says_nothing_of_the_output(tmp_path):
+    """The same files for output and reference would differ by nothing."""
+    output, truth = clips(3, (32, 32))
+    write_flow(tmp_path / "flow", torch.zeros(2, 2, 32, 32), torch.zeros(2, 2, 32, 32))
+    result = metrics.evaluate(output, truth, estimator=FromFiles(tmp_path / "flow"))
+    assert math.isnan(result["ofme"]) and any("ofme: the estimator reads files" in note for note in result["notes"])
+    assert result["we"] > 0 and math.isnan(result["per_pair"].get("ofme", math.nan))
+
+
+def test_flow_error_needs_no_preview_and_knows_the_cuts_without():
+    _, truth = clips(3, (32, 32))
+    truth = torch.cat((truth[:1].expand(3, -1, -1, -1), torch.zeros(3, 3, 32, 32)))
+    options = metrics.MetricOptions(flow_source="input")
+    result = metrics.evaluate(truth, truth, options=options, estimator=DIS(), encoder=mean_colour)
+    assert math.isnan(result["we"]) and result["flow"] is None
+    assert result["ofme"] == 0 and result["cuts"] == [2] and math.isnan(result["per_pair"]["ofme"][2])
+    assert math.isnan(result["per_pair"]["fs"][2])
+
+
 def test_frechet_distance_is_that_of_the_formula():
     linalg = pytest.importorskip("scipy.linalg")
     generator = torch.Generator().manual_seed(1)
@@ -231,6 +346,8 @@ def test_frechet_distance_is_that_of_the_formula():
     assert metrics.frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
     assert metrics.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
     assert math.isnan(metrics.frechet_distance(a[:1], b))
+    with pytest.raises(ValueError, match="features are not finite"):
+        metrics.frechet_distance(a, b / 0)
 
 
 def test_fid_is_over_frames_and_fvd_over_sixteen():
@@ -247,60 +364,6 @@ def test_fid_is_over_frames_and_fvd_over_sixteen():
     assert result["fid"] == pytest.approx(metrics.frechet_distance(*q)) and result["fvd"] >= 0
     short = metrics.evaluate(output[:20], truth[:20], estimator=Zero(), i3d=features)
     assert math.isnan(short["fvd"]) and any("fvd: too few frames" in note for note in short["notes"])
-
-
-def saved_lpips(folder: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
-    generator = torch.Generator().manual_seed(2)
-    trunk, heads = {}, {}
-    for n, (number, (i, o, k, _, _)) in enumerate(zip(encoders.LPIPS.NUMBERS, encoders.LPIPS.LAYERS, strict=True)):
-        trunk[f"features.{number}.weight"] = torch.randn(o, i, k, k, generator=generator) / math.sqrt(i * k * k)
-        trunk[f"features.{number}.bias"] = 0.1 * torch.randn(o, generator=generator)
-        heads[f"lin{n}.model.1.weight"] = torch.rand(1, o, 1, 1, generator=generator)
-    torch.save(trunk, folder / "alexnet.pth")
-    torch.save(heads, folder / "alex.pth")
-    return folder / "alexnet.pth", folder / "alex.pth"
-
-
-def test_lpips_and_its_temporal_form(tmp_path):
-    """LPIPS against its definition with torch's own layers; tLPIPS from its parts."""
-    trunk, heads = saved_lpips(tmp_path)
-    distance = encoders.LPIPS(trunk, heads)
-    output, truth = clips(3, (64, 72))
-    result = metrics.evaluate(output, truth, estimator=Zero(), lpips=distance)
-    o, g = metrics.quantize(output), metrics.quantize(truth)
-    assert result["lpips"] == pytest.approx(float(distance(o, g).mean()), rel=1e-5)
-    expected = (distance(o[:-1], o[1:]) - distance(g[:-1], g[1:])).abs().mean()
-    assert result["tlpips"] == pytest.approx(float(expected), rel=1e-5)
-    assert torch.equal(distance(o, o), torch.zeros(3)) and (distance(o, g) > 0).all()
-    weights, w = torch.load(trunk, weights_only=True), torch.load(heads, weights_only=True)
-    alexnet = torch.nn.Sequential(
-        torch.nn.Conv2d(3, 64, 11, 4, 2), torch.nn.ReLU(), torch.nn.MaxPool2d(3, 2), torch.nn.Conv2d(64, 192, 5, 1, 2),
-        torch.nn.ReLU(), torch.nn.MaxPool2d(3, 2), torch.nn.Conv2d(192, 384, 3, 1, 1), torch.nn.ReLU(),
-        torch.nn.Conv2d(384, 256, 3, 1, 1), torch.nn.ReLU(), torch.nn.Conv2d(256, 256, 3, 1, 1), torch.nn.ReLU(),
-    )  # fmt: skip
-    alexnet.load_state_dict({k.removeprefix("features."): x for k, x in weights.items()})
-    mean, std = torch.tensor((-0.030, -0.088, -0.188)), torch.tensor((0.458, 0.448, 0.450))
-    x, y = ((2 * u - 1 - mean[:, None, None]) / std[:, None, None] for u in (o, g))
-    total, taps = torch.zeros(3), (1, 4, 7, 9, 11)
-    with torch.no_grad():
-        for n, layer in enumerate(alexnet):
-            x, y = layer(x), layer(y)
-            if n in taps:
-                d = (F.normalize(x, dim=1, eps=1e-10) - F.normalize(y, dim=1, eps=1e-10)).square()
-                total += F.conv2d(d, w[f"lin{taps.index(n)}.model.1.weight"])[:, 0].mean((1, 2))
-    assert torch.allclose(distance(o, g), total, rtol=1e-4)
-    with pytest.raises(ValueError, match=r"no state dict of torchvision's alexnet: features.0.weight is nothing"):
-        encoders.LPIPS(heads, trunk)
-    with pytest.raises(FileNotFoundError, match="no file of weights"):
-        encoders.LPIPS(tmp_path / "missing.pth", heads)
-    (tmp_path / "bad.pth").write_bytes(b"junk")
-    with pytest.raises(ValueError, match="holds no tensors"):
-        encoders.LPIPS(tmp_path / "bad.pth", heads)
-
-
-def test_fid_weights_that_are_missing_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no weights of FID's Inception"):
-        encoders.inception(tmp_path / "missing.pth")
 
 
 # ---- the whole ----

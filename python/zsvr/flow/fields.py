@@ -205,6 +205,7 @@ def estimate(u: Tensor, estimator: Estimator, options: EstimationOptions | None 
     options = EstimationOptions() if options is None else options
     if u.dim() != 4 or u.shape[1] != 3 or not u.is_floating_point() or len(u) < 1:
         raise ValueError(f"frames must be floating [T, 3, H, W], got {tuple(u.shape)} of {u.dtype}")
+    u = u.to(torch.promote_types(u.dtype, torch.float32))
     small = reduce(u, options.max_side)
     raw = [flow.detach().float() for flow in estimator(small)]
     if raw[0].shape != raw[1].shape or raw[0].dim() != 4 or raw[0].shape[:2] != (len(u) - 1, 2):
@@ -232,7 +233,7 @@ def estimate(u: Tensor, estimator: Estimator, options: EstimationOptions | None 
             usual = (
                 occ[way][n]
                 if options == EstimationOptions()
-                else occlusion(flow[None], opposite[None], "U", *CHECKS["U"])
+                else ~finite[way][n] | occlusion(flow[None], opposite[None], "U", *CHECKS["U"])[0, 0]
             )
             shares.append(float((usual | differs).float().mean()))
         failed[n] = min(shares)
