@@ -62,11 +62,13 @@ def _metric_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--lpips", nargs=2, metavar=("ALEXNET", "HEADS"),
                        help="weights of torchvision's alexnet and of LPIPS 0.1, for LPIPS and tLPIPS")  # fmt: skip
     group.add_argument("--inception", help="weights of FID's Inception (needs torch-fidelity), for FID")
+    group.add_argument("--i3d", help="weights of I3D (RGB, Kinetics-400), for FVD of 16-frame clips")
 
 
 def _networks(options: argparse.Namespace) -> dict[str, Any]:
     """Return the networks that metrics look through, as `zsvr.metrics.evaluate` takes them."""
     from zsvr import encoders
+    from zsvr.i3d import i3d
     from zsvr.temporal.semantic import open_clip_encoder
 
     found: dict[str, Any] = {}
@@ -76,6 +78,8 @@ def _networks(options: argparse.Namespace) -> dict[str, Any]:
         found["lpips"] = encoders.LPIPS(*options.lpips)
     if options.inception:
         found["inception"] = encoders.inception(options.inception)
+    if options.i3d:
+        found["i3d"] = i3d(options.i3d)
     return found
 
 

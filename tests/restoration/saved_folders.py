@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
+import pathlib
 from typing import Any
 
 import pytest
 import torch
+
+from zsvr import encoders
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
@@ -103,3 +107,16 @@ XL = {
     "addition_time_embed_dim": 8,
     "projection_class_embeddings_input_dim": 6 * 8 + 20,
 }
+
+
+def saved_lpips(folder: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
+    """Return files of random weights of LPIPS: backbone and heads."""
+    generator = torch.Generator().manual_seed(2)
+    trunk, heads = {}, {}
+    for n, (number, (i, o, k, _, _)) in enumerate(zip(encoders.LPIPS.NUMBERS, encoders.LPIPS.LAYERS, strict=True)):
+        trunk[f"features.{number}.weight"] = torch.randn(o, i, k, k, generator=generator) / math.sqrt(i * k * k)
+        trunk[f"features.{number}.bias"] = 0.1 * torch.randn(o, generator=generator)
+        heads[f"lin{n}.model.1.weight"] = torch.rand(1, o, 1, 1, generator=generator)
+    torch.save(trunk, folder / "alexnet.pth")
+    torch.save(heads, folder / "alex.pth")
+    return folder / "alexnet.pth", folder / "alex.pth"

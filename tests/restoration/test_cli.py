@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 from restoration_models import SIZE, moving, tiny_prior, tiny_unet
+from saved_folders import saved_lpips
 
 import zsvr
 from zsvr import cli, restoration, video
@@ -215,3 +216,15 @@ def test_the_bar_is_closed_when_a_run_fails(folder, tmp_path, monkeypatch, capsy
                  "denoise", "--sigma", 0.1, "--steps", 3, "--device", "cpu")  # fmt: skip
     assert status == 1 and "broken" in capsys.readouterr().err
     assert len(bars) == 1 and bars[0].disable  # tqdm disables a bar that is closed
+
+
+def test_networks_of_metrics_are_opened_from_files(tmp_path, capsys):
+    clip = torch.nn.functional.interpolate(moving(3), (64, 64), mode="bicubic").clamp(0, 1)
+    for name, frames in (("clean.mkv", clip), ("out.mkv", 0.8 * clip)):
+        video.write(tmp_path / name, frames, lossless=True)
+    compared = ("evaluate", tmp_path / "out.mkv", "--reference", tmp_path / "clean.mkv")
+    assert run(*compared, "--lpips", *saved_lpips(tmp_path), "--json", tmp_path / "m.json") == 0
+    found = json.loads((tmp_path / "m.json").read_text())
+    assert found["lpips"] > 0 and found["tlpips"] > 0 and "tLPIPS" in capsys.readouterr().out
+    for option in ("--i3d", "--inception", "--clip"):
+        assert run(*compared, option, tmp_path / "nothing") == 1 and "nothing" in capsys.readouterr().err

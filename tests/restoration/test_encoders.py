@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import pathlib
 import sys
 import types
@@ -10,21 +9,10 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
+from saved_folders import saved_lpips
 
 from zsvr import encoders, metrics
 from zsvr.flow import Zero
-
-
-def saved_lpips(folder: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
-    generator = torch.Generator().manual_seed(2)
-    trunk, heads = {}, {}
-    for n, (number, (i, o, k, _, _)) in enumerate(zip(encoders.LPIPS.NUMBERS, encoders.LPIPS.LAYERS, strict=True)):
-        trunk[f"features.{number}.weight"] = torch.randn(o, i, k, k, generator=generator) / math.sqrt(i * k * k)
-        trunk[f"features.{number}.bias"] = 0.1 * torch.randn(o, generator=generator)
-        heads[f"lin{n}.model.1.weight"] = torch.rand(1, o, 1, 1, generator=generator)
-    torch.save(trunk, folder / "alexnet.pth")
-    torch.save(heads, folder / "alex.pth")
-    return folder / "alexnet.pth", folder / "alex.pth"
 
 
 def test_lpips_and_its_temporal_form(tmp_path):
