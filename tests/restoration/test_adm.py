@@ -15,7 +15,7 @@ from adm_network import Network
 from torch import Tensor
 
 import zsvr_kernels as zk
-from zsvr import files
+from zsvr import files, weights
 from zsvr.files import hash_file
 from zsvr.priors import adm, adm_layout
 
@@ -134,7 +134,11 @@ def test_the_full_network_has_the_published_size_and_every_key_is_mapped():
         ({"base": 192, "multipliers": (1, 2, 3, 4), "blocks": 3}, (64, "new", 64, None, "cosine")),
         ({"base": 256, "multipliers": (1, 1, 2, 3, 4), "blocks": 2}, (128, "legacy", None, 4, "linear")),
         ({"base": 256, "multipliers": (0.5, 1, 1, 2, 2, 4, 4), "blocks": 2}, (512, "legacy", 64, None, "linear")),
+        ({"base": 128, "multipliers": (1, 1, 2, 2, 4, 4), "blocks": 1}, (256, "legacy", 64, None, "linear")),
         ({"base": 128, "multipliers": (1, 2, 3, 4), "blocks": 3}, None),
+        # improved-diffusion: the same multipliers, yet 4 heads and the legacy order; one head
+        ({"base": 192, "multipliers": (1, 2, 3, 4), "blocks": 3, "updown": False}, None),
+        ({"base": 128, "multipliers": (1, 1, 2, 2, 4, 4), "updown": False, "scale_shift": False}, None),
     ],
 )
 def test_published_networks_are_known_by_their_layout(arguments, expected):
@@ -145,6 +149,43 @@ def test_published_networks_are_known_by_their_layout(arguments, expected):
     else:
         assert known is not None
         assert (known.size, known.qkv_order, known.head_dim, known.num_heads, known.schedule) == expected
+
+
+def test_the_published_ffhq_network_opens_without_options(tmp_path):
+    """128 channels, one residual block, attention at 16 x 16, 64 channels a head: ``ffhq_10m.pt`` and its kin."""
+    network = Network(128, (1, 1, 2, 2, 4, 4), 1, (4,), 64)
+    network.state = {name: x.half() for name, x in network.state.items()}
+    prior = adm.open_adm(saved(network, tmp_path), cache=False)
+    assert (prior.size, prior.multiple, prior.expected_count) == ((256, 256), 32, 4)
+    assert prior.learns_variance and {m.heads for _, m in adm._attentions(prior.model)} == {8}
+    x = frames(1, 32)
+    with torch.no_grad():
+        got, expected = prior.predict(x, 7)[0], network(x, 7, "legacy")[:, :3]
+    assert relative(got, expected) < 1e-5
+
+
+def test_networks_that_are_told_rescaled_steps(tmp_path):
+    """improved-diffusion's networks of 4000 steps are told a quarter of the step, which need not be whole."""
+    network = Network(updown=False, head_dim=None, heads=4)
+    options = {"num_heads": 4, "size": 16, "schedule": "cosine", "steps": 4000, "cache": False}
+    path = saved(network, tmp_path)
+    x = frames().double()
+    for rescale, told in ((True, 3001 / 4), (False, 3001)):
+        prior = adm.open_adm(path, **options, rescale_timesteps=rescale)
+        prior.model.double()
+        with torch.no_grad():
+            assert relative(prior.predict(x, 3001)[0], network(x, told, "legacy")[:, :3]) < 1e-12
+        assert prior.describe()["rescale_timesteps"] is rescale and len(prior.alphas_bar) == 4000
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_the_wrapper_of_several_devices_is_taken_off(suffix, tmp_path):
+    plain, wrapped = Network(), Network()
+    wrapped.state = {f"module.{name}": x for name, x in plain.state.items()}
+    options = {"head_dim": 16, "size": 16, "cache": False}
+    expected = adm.open_adm(saved(plain, tmp_path, "plain" + suffix), **options).model.state_dict()
+    got = adm.open_adm(saved(wrapped, tmp_path, "wrapped" + suffix), **options).model.state_dict()
+    assert all(torch.equal(x, got[name]) for name, x in expected.items())
 
 
 @pytest.mark.parametrize("order", adm.ORDERS)
@@ -299,6 +340,8 @@ def test_a_state_dict_cut_short_says_what_is_missing(tmp_path):
         ({"classes": 5}, {"label": 5}, "within 0..4"),
         ({}, {"label": 0}, "knows no classes"),
         ({}, {"size": None}, "no published network has channel multipliers"),
+        ({}, {"head_dim": None}, "head_dim=... \\(most: 64\\) or num_heads=..."),
+        ({"in_channels": 6}, {"size": None}, "upsampler"),
         ({}, {"head_dim": 24}, "head_dim = 24 does not divide"),
         ({}, {"head_dim": None, "num_heads": 7}, "num_heads = 7 does not divide"),
         ({}, {"num_heads": 2}, "not both"),
@@ -316,6 +359,66 @@ def test_wrong_uses_are_refused(network, options, match, tmp_path):
 class Bomb:
     def __reduce__(self) -> Any:
         return (exec, ("import pathlib; pathlib.Path('bomb').touch()",))
+
+
+NO_CHECKPOINTS: dict[str, tuple[Any, str]] = {
+    "page": (b"<!DOCTYPE html><html><body>Not found</body></html>", "a web page"),
+    "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 2211383297\n", "Git LFS"),
+    "empty": (b"", "it is empty"),
+    "objects": ({"a": torch.zeros(1), "b": Bomb()}, "more than tensors, objects of exec"),
+    "wrapper": ({"model": {"x": torch.zeros(1)}, "ema": {"x": torch.zeros(1)}, "step": 1}, r"\['ema'\].*another of"),
+    "numbers": ({3: torch.zeros(1)}, "a dict with 3"),
+    "text": (b"Zero bytes of a network", "no file of PyTorch's, or it is damaged"),
+    "array": ([torch.zeros(1)], "no state dict but a list"),
+}
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("name", list(NO_CHECKPOINTS))
+def test_messages_say_what_a_file_is_and_never_advise_to_execute_it(name, legacy, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    content, match = NO_CHECKPOINTS[name]
+    path = tmp_path / f"{name}.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(ValueError, match=match) as caught:
+        adm.open_adm(path, head_dim=16, size=16, cache=False)
+    assert str(path) in str(caught.value)
+    messages = [str(caught.value)]
+    try:
+        weights.state_dict(path)
+    except ValueError as error:
+        messages.append(str(error))
+    for message in messages:
+        assert "`" not in message and "weights_only=False" not in message and "add_safe_globals" not in message
+        assert len(message) < 600 + len(str(path))
+    assert not (tmp_path / "bomb").exists()
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_damaged_checkpoints_fail_with_their_name_whatever_is_hit(legacy, tmp_path):
+    whole = tmp_path / "whole.pt"
+    torch.save(dict(list(Network().state.items())[:9]), whole, _use_new_zipfile_serialization=not legacy)
+    data = whole.read_bytes()
+    g = torch.Generator().manual_seed(0)
+    refused = 0
+    for n in range(120):
+        near = data.index(b"time_embed") + int(torch.randint(0, 1200, (1,), generator=g))
+        damaged = bytearray(data)
+        damaged[near % len(data)] = int(torch.randint(0, 256, (1,), generator=g))
+        path = tmp_path / f"damaged{n}.pt"
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=path.name) as caught:  # the rest of the network is not there
+            adm.open_adm(path, head_dim=16, size=16, cache=False)
+        refused += "read safely" in str(caught.value)
+    assert refused > 20
+
+
+def test_classifiers_are_called_by_their_name(tmp_path):
+    state = {name: x for name, x in Network().state.items() if not name.startswith(("output_blocks", "out."))}
+    assert "a classifier" in error_of({**state, "out.2.qkv_proj.weight": torch.zeros(3, 3, 1)}, tmp_path)
 
 
 def test_files_that_are_no_checkpoints_are_refused_and_not_executed(tmp_path, monkeypatch):

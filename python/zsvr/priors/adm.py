@@ -9,7 +9,6 @@ import dataclasses
 import math
 import os
 import pathlib
-import pickle
 import re
 import warnings
 import zipfile
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zsvr import weights
 from zsvr.files import hash_file
 from zsvr.priors import weights_cache
 from zsvr.priors.adm_layout import GROUPS, ADMLayout, check_keys, infer_layout, key_map
@@ -26,6 +26,7 @@ from zsvr.priors.base import Prior
 
 ORDERS = ("legacy", "new")
 SCHEDULES = ("linear", "cosine")
+WRAPPED = "module."  # before every key, where DataParallel's wrapper was saved with the network
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _IN_TORSO = re.compile(r"\.(conv1|conv2|conv_shortcut|conv|to_q|to_k|to_v|to_out\.0)\.(weight|bias)$")
@@ -52,9 +53,14 @@ PUBLISHED = {  # by channel multipliers, finest level first
 
 
 def published(layout: ADMLayout) -> Published | None:
-    """Return what is known of a published network with this layout, or None."""
+    """Return what is known of a published network with this layout, or None.
+
+    improved-diffusion's networks have the same multipliers, but other heads, orders and steps: none is known.
+    """
     known = PUBLISHED.get(layout.multipliers)
-    return known if known is None or known.base_channels in (None, layout.base_channels) else None
+    if known is None or not (layout.has_residual_resampling and layout.has_scale_shift):
+        return None
+    return known if known.base_channels in (None, layout.base_channels) else None
 
 
 def alphas_bar(schedule: str, steps: int) -> Tensor:
@@ -99,6 +105,7 @@ class ADMPrior(Prior):
         layout: what the checkpoint's keys said.
         qkv_order: the order its attention projections were read in.
         label: class that is restored towards, or None.
+        time_scale: times the training step is what the network is told.
     """
 
     def __init__(
@@ -110,6 +117,7 @@ class ADMPrior(Prior):
         size: tuple[int, int],
         qkv_order: str,
         label: int | None,
+        time_scale: float = 1.0,
         facts: dict[str, Any],
     ) -> None:
         self.model: nn.Module = model
@@ -122,6 +130,7 @@ class ADMPrior(Prior):
         self.expected_count = layout.attentions
         self.qkv_order = qkv_order
         self.label = label
+        self.time_scale = time_scale
         self._facts = facts
 
     def predict(self, x: Tensor, step: int) -> tuple[Tensor, Tensor | None]:
@@ -131,7 +140,8 @@ class ADMPrior(Prior):
         inputs: dict[str, Tensor] = {}
         if self.label is not None:
             inputs["class_labels"] = torch.full((x.shape[0],), self.label, dtype=torch.long, device=x.device)
-        out = model(x.to(model.dtype), step, **inputs).sample.to(x.dtype)
+        time = torch.tensor([step * self.time_scale], dtype=torch.float32, device=x.device)
+        out = model(x.to(model.dtype), time, **inputs).sample.to(x.dtype)
         if not self.learns_variance:
             return out, None
         eps, variance = out.chunk(2, dim=1)
@@ -193,6 +203,7 @@ def open_adm(
     size: int | tuple[int, int] | None = None,
     schedule: str | None = None,
     steps: int = 1000,
+    rescale_timesteps: bool = False,
     label: int | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
@@ -211,6 +222,7 @@ def open_adm(
         size: pixels of the training images, a side or (height, width).
         schedule: of the noise, ``"linear"`` or ``"cosine"``.
         steps: number of training steps N.
+        rescale_timesteps: the network is told ``1000/steps`` times the step, as in some of improved-diffusion.
         label: class to restore towards, for a class-conditional network.
         dtype: float32; float16 or bfloat16 for the torso's convolutions and attention, while norms, embeddings, the
             first and the last convolution stay float32.
@@ -240,14 +252,16 @@ def open_adm(
     checkpoint = _Checkpoint(path)
     try:
         layout = infer_layout(checkpoint.shapes)
-        known = published(layout) or Published(0)
-        if size is None and not known.size:
+        _check_use(layout, label)
+        known = published(layout) or Published(0, head_dim=None)
+        if not known.size and (size is None or head_dim is num_heads is None):
             raise ValueError(
                 f"no published network has channel multipliers {layout.multipliers} on {layout.base_channels} "
-                "channels: say the size of its training images, size=..., and if not legacy, 64 and linear: "
-                "qkv_order=..., head_dim=... or num_heads=..., schedule=..."
+                f"channels with {_manner(layout)}: say the size of its training images, size=..., and its heads, "
+                "head_dim=... (most: 64) or num_heads=..., and if not legacy, linear and 1000: qkv_order=..., "
+                "schedule=..., steps=... (improved-diffusion's networks have num_heads=4, some of them 1; those of "
+                "4000 steps mostly rescale_timesteps=True)"
             )
-        _check_use(layout, label)
         sides = (size or known.size,) * 2 if not isinstance(size, tuple) else size
         if head_dim is None and num_heads is None:
             head_dim, num_heads = known.head_dim, known.num_heads
@@ -273,8 +287,16 @@ def open_adm(
     if dtype != torch.float32:
         _run_torso_in(model, dtype)
     facts = {"path": str(path), **source, "dtype": str(dtype).removeprefix("torch."), "schedule": schedule}
-    facts |= {"head_dim": head_dim, "num_heads": num_heads, "steps": steps}
-    return ADMPrior(model, layout, alphas_bar=bars, size=sides, qkv_order=order, label=label, facts=facts)
+    facts |= {"head_dim": head_dim, "num_heads": num_heads, "steps": steps, "rescale_timesteps": rescale_timesteps}
+    scale = 1000 / steps if rescale_timesteps else 1.0
+    return ADMPrior(
+        model, layout, alphas_bar=bars, size=sides, qkv_order=order, label=label, time_scale=scale, facts=facts
+    )
+
+
+def _manner(layout: ADMLayout) -> str:
+    resampling = "residual blocks" if layout.has_residual_resampling else "strided convolutions"
+    return f"{resampling} that resample and a time embedding that {'scales' if layout.has_scale_shift else 'is added'}"
 
 
 def _check_use(layout: ADMLayout, label: int | None) -> None:
@@ -346,24 +368,36 @@ class _Checkpoint:
             try:
                 self._file = safetensors.safe_open(str(path), framework="pt", device="cpu")
             except safetensors.SafetensorError as error:
-                raise ValueError(f"{path} is no safetensors file, or it is damaged: {error}") from error
+                why = weights.reason(path, error)
+                raise ValueError(f"{path} is no safetensors file, or it is damaged: {why}") from error
             names = self._file.keys()
-            self.shapes = {name: tuple(self._file.get_slice(name).get_shape()) for name in names}
-            return
-        try:
-            found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise ValueError(f"{path} holds more than tensors, or is damaged: {error}") from error
-        if not isinstance(found, Mapping) or not all(isinstance(x, Tensor) for x in found.values()):
-            inside = f" with {', '.join(map(str, list(found)[:5]))}" if isinstance(found, Mapping) else ""
-            raise ValueError(
-                f"{path} holds no state dict but a {type(found).__name__}{inside}: save the network's alone"
-            )
-        self._tensors = found
-        self.shapes = {name: tuple(x.shape) for name, x in found.items()}
+            shapes = {name: tuple(self._file.get_slice(name).get_shape()) for name in names}
+        else:
+            found = weights.load(path, mmap=zipfile.is_zipfile(path))
+            _check_state_dict(path, found)
+            self._tensors = found
+            shapes = {name: tuple(x.shape) for name, x in found.items()}
+        self._prefix = WRAPPED if all(name.startswith(WRAPPED) for name in shapes) else ""
+        self.shapes = {name.removeprefix(self._prefix): shape for name, shape in shapes.items()}
 
     def __getitem__(self, name: str) -> Tensor:
+        name = self._prefix + name
         return self._tensors[name] if self._file is None else self._file.get_tensor(name)
+
+
+def _check_state_dict(path: pathlib.Path, found: Any) -> None:
+    """Refuse what holds no tensors by name, and say where within it they may be."""
+    if isinstance(found, Mapping) and all(isinstance(k, str) and isinstance(x, Tensor) for k, x in found.items()):
+        return
+    inside, advice = "", "save the network's alone"
+    if isinstance(found, Mapping):
+        inside = f" with {', '.join(map(str, list(found)[:5]))}"
+        within = [key for key, x in found.items() if isinstance(x, Mapping)]
+        if within:
+            pick = f"torch.load({path.name!r}, weights_only=True)[{within[-1]!r}]"
+            which = "" if len(within) == 1 else f" (or another of {', '.join(map(str, within))})"
+            advice += f', torch.save({pick}, "network.pt"){which}'
+    raise ValueError(f"{path} holds no state dict but a {type(found).__name__}{inside}: {advice}")
 
 
 def _converted(
