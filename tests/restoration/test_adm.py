@@ -506,13 +506,36 @@ def test_a_damaged_cache_is_noticed_and_made_anew(fault, tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
-def test_a_cache_that_cannot_be_written_says_what_to_do(tmp_path, monkeypatch):
+@pytest.mark.parametrize("is_named", [False, True])
+def test_a_cache_that_cannot_be_written_says_what_to_do(is_named, tmp_path, monkeypatch):
+    """In a folder that was named it is an error; beside a checkpoint, which may be another's folder, a warning."""
     path = saved(Network(), tmp_path)
+    expected = adm.open_adm(path, head_dim=16, size=16, cache=False).model.state_dict()
+    folder = tmp_path / "named"
+    folder.mkdir()
 
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(files.os, "replace", full)
-    with pytest.raises(OSError, match="cache=False"):
-        adm.open_adm(path, head_dim=16, size=16)
-    assert [p.name for p in tmp_path.iterdir()] == ["net.pt"]
+    if is_named:
+        with pytest.raises(OSError, match="cache=False"):
+            adm.open_adm(path, head_dim=16, size=16, cache=folder)
+    else:
+        with pytest.warns(UserWarning, match="cache=False"):
+            got = adm.open_adm(path, head_dim=16, size=16).model.state_dict()
+        assert all(torch.equal(x, got[name]) for name, x in expected.items())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["named", "net.pt"] and not list(folder.iterdir())
+
+
+def test_a_cache_that_cannot_be_read_is_no_obstacle(tmp_path):
+    path = saved(Network(), tmp_path)
+    options = {"head_dim": 16, "size": 16}
+    expected = adm.open_adm(path, **options).model.state_dict()
+    (file,) = tmp_path.glob("*.zsvr.safetensors")
+    file.unlink()
+    file.mkdir()  # what cannot be read, or replaced, whoever runs the test
+    with pytest.warns(UserWarning) as caught:
+        got = adm.open_adm(path, **options).model.state_dict()
+    assert [str(file) in str(w.message) for w in caught] == [True, True]
+    assert all(torch.equal(x, got[name]) for name, x in expected.items())

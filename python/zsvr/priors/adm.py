@@ -227,8 +227,9 @@ def open_adm(
         dtype: float32; float16 or bfloat16 for the torso's convolutions and attention, while norms, embeddings, the
             first and the last convolution stay float32.
         device: of the network.
-        cache: the converted weights are kept as a file beside the checkpoint (True), in a folder (its path), or not at
-            all (False). The file is found by the checkpoint's hash and the options, and verified when it is read.
+        cache: the converted weights are kept as a file beside the checkpoint (True; a warning where that cannot be
+            written), in a folder (its path), or not at all (False). The file is found by the checkpoint's hash and the
+            options, and verified when it is read.
 
     Returns:
         The prior, its network in evaluation mode and without gradients of weights.
@@ -236,7 +237,7 @@ def open_adm(
     Raises:
         FileNotFoundError: no such file, or the cache's folder does not exist.
         ValueError: the file holds something else; every key that does not fit is listed. An option is missing or wrong.
-        OSError: the cache cannot be written.
+        OSError: the cache cannot be written to the folder that was named.
 
     Example:
         >>> prior = open_adm("256x256_diffusion_uncond.pt", dtype=torch.bfloat16, device="cuda")
@@ -279,7 +280,8 @@ def open_adm(
         source = {"sha256": hash_file(path), "parameters": sum(map(math.prod, unet_shapes.values()))}
         options = {"qkv_order": order, "heads": sorted(heads.items()), "dtype": str(dtype)}
         made = _converted(checkpoint, keys, heads, order, dtype)
-        state = _cached(made, _cache_folder(path, cache), path.stem, {**source, **options}, device)
+        folder = _cache_folder(path, cache)
+        state = _cached(made, folder, path.stem, {**source, **options}, device, is_needed=cache is not True)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     model.load_state_dict(state, strict=True, assign=True)
@@ -431,8 +433,14 @@ def _cached(
     stem: str,
     facts: Mapping[str, Any],
     device: torch.device | str,
+    *,
+    is_needed: bool,
 ) -> dict[str, Tensor]:
-    """Return the weights on the device, from the cache if it has them; else make them, and keep them there."""
+    """Return the weights on the device, from the cache if it has them; else make them, and keep them there.
+
+    Where they cannot be kept, that is an error if ``is_needed``, else a warning: a folder of checkpoints may be one that
+    others own.
+    """
     if folder is None:
         return {name: x.to(device) for name, x in made}
     file = weights_cache.cache_path(folder, stem, facts)
@@ -446,7 +454,10 @@ def _cached(
         weights_cache.write(file, state, facts)
     except OSError as error:
         advice = "name a folder that can be written to, cache=..., or none, cache=False"
-        raise OSError(f"the converted weights cannot be kept as {file} ({error}): {advice}") from error
+        message = f"the converted weights cannot be kept as {file} ({error}): {advice}"
+        if is_needed:
+            raise OSError(message) from error
+        warnings.warn(f"{message}; this time they are used as they are", stacklevel=3)
     return {name: state.pop(name).to(device) for name in list(state)}
 
 

@@ -56,7 +56,7 @@ def read(path: pathlib.Path, facts: Mapping[str, Any], device: torch.device | st
     """Return the weights that `write` wrote for the same facts, tensor by tensor onto the device.
 
     Raises:
-        DamagedCacheError: it is another file, for other facts, cut short, or a bit has changed.
+        DamagedCacheError: it cannot be read, is another file, for other facts, cut short, or a bit has changed.
     """
     import safetensors
 
@@ -71,7 +71,7 @@ def read(path: pathlib.Path, facts: Mapping[str, Any], device: torch.device | st
                 x = file.get_tensor(name)
                 _add(digest, name, x)
                 result[name] = x.to(device)
-    except safetensors.SafetensorError as error:
+    except (safetensors.SafetensorError, OSError) as error:
         raise DamagedCacheError(f"{path} cannot be read: {error}") from error
     if metadata.get("sha256") != digest.hexdigest():
         raise DamagedCacheError(f"{path} holds other bytes than were written")
