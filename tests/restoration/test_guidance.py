@@ -442,7 +442,9 @@ def test_folders_without_an_image_encoder_are_refused(clip_folder, tmp_path):
         hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8
     )
     transformers.CLIPVisionModel(config).save_pretrained(tmp_path)  # has no projection
-    with pytest.raises(ValueError, match=r"lacks weights of the image encoder: visual_projection\.weight"):
+    with pytest.raises(
+        ValueError, match=r"lacks weights of the CLIPVisionModelWithProjection: visual_projection\.weight"
+    ):
         semantic.open_clip_encoder(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     with pytest.raises(ValueError, match="of type 'bert'"):

@@ -7,7 +7,9 @@ import subprocess
 import sys
 from typing import Any
 
+import diffusers
 import pytest
+import safetensors.torch as safetensors_torch
 import torch
 from saved_folders import XL, latent_folder, pixel_folder
 
@@ -179,3 +181,135 @@ def test_importing_priors_imports_none_of_the_libraries():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+# ---- weights that are not all there, or not what they are said to be ----
+
+
+def change_weights(folder: Any, change: Any) -> None:
+    (file,) = folder.glob("*.safetensors")
+    tensors = safetensors_torch.load_file(str(file))
+    change(tensors)
+    safetensors_torch.save_file(tensors, str(file), {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("part", "key"),
+    [
+        ("unet", "mid_block.resnets.0.conv1.weight"),
+        ("vae", "decoder.conv_out.weight"),
+        ("text_encoder", "encoder.layers.0.mlp.fc1.weight"),
+        ("text_encoder_2", "text_projection.weight"),
+    ],
+)
+def test_weights_that_are_missing_are_named_and_never_random(part, key, tmp_path):
+    folder = latent_folder(tmp_path, encoders=2, **XL)
+    name = next(k for k in safetensors_torch.load_file(next((folder / part).glob("*.safetensors"))) if k.endswith(key))
+    change_weights(folder / part, lambda tensors: tensors.pop(name))
+    with pytest.raises(ValueError, match=rf"{part} lacks weights of the \w+: .*{key}"):
+        priors.open(folder, prompt="a")
+
+
+@pytest.mark.parametrize("part", ["unet", "vae"])
+def test_weights_of_another_network_are_named(part, tmp_path):
+    folder = latent_folder(tmp_path)
+    change_weights(folder / part, lambda tensors: tensors.update({"more.weight": torch.zeros(1)}))
+    with pytest.raises(ValueError, match=rf"{part} has weights that .* does not have: more\.weight"):
+        priors.open(folder)
+    change_weights(folder / part, lambda tensors: (tensors.pop("more.weight"), tensors.pop("conv_in.bias", None)))
+    if part == "unet":
+        change_weights(folder / part, lambda tensors: tensors.update({"conv_in.bias": torch.zeros(3)}))
+        with pytest.raises(ValueError, match=r"unet: .*conv_in\.bias expected shape"):
+            priors.open(folder)
+
+
+def test_every_part_is_read_from_its_files_of_a_variant_where_it_has_them(tmp_path):
+    folder = latent_folder(tmp_path)
+    expected = priors.open(folder, prompt="a")._condition.tokens
+    for n, part in enumerate(("unet", "text_encoder", "vae")):
+        (file,) = (folder / part).glob("*.safetensors")
+        file.rename(file.with_name(file.name.replace(".safetensors", ".fp16.safetensors")))
+        prior = priors.open(folder, prompt="a", variant="fp16")
+        assert torch.equal(prior._condition.tokens, expected), n
+    with pytest.raises(FileNotFoundError, match=r"unet has weights of fp16, none of 'bf16'"):
+        priors.open(folder, variant="bf16")
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_weights_in_several_files(variant, tmp_path):
+    folder = pixel_folder(tmp_path)
+    network = diffusers.UNet2DModel.from_pretrained(folder / "unet")
+    next((folder / "unet").glob("*.safetensors")).unlink()
+    network.save_pretrained(folder / "unet", max_shard_size="300KB", variant=variant)
+    assert len(list((folder / "unet").glob("*-of-*.safetensors"))) > 1
+    opened = priors.open(folder, variant=variant).model.state_dict()
+    assert all(torch.equal(x, opened[name]) for name, x in network.state_dict().items())
+    if variant:
+        with pytest.raises(FileNotFoundError, match="variant='fp16'"):
+            priors.open(folder)
+
+
+def as_bin(part: Any) -> Any:
+    (file,) = part.glob("*.safetensors")
+    old = file.with_name("pytorch_model.bin" if file.name == "model.safetensors" else f"{file.stem}.bin")
+    torch.save(safetensors_torch.load_file(str(file)), old)
+    file.unlink()
+    return old
+
+
+def test_folders_of_older_files_open_alike_and_without_alarm(tmp_path, capfd):
+    folder = latent_folder(tmp_path)
+    before = priors.open(folder, prompt="a")
+    for part in ("unet", "vae", "text_encoder"):
+        as_bin(folder / part)
+    capfd.readouterr()
+    after = priors.open(folder, prompt="a")
+    assert "unsafe" not in capfd.readouterr().err
+    assert torch.equal(before._condition.tokens, after._condition.tokens)
+    for one, other in ((before.model, after.model), (before.vae, after.vae)):
+        assert all(torch.equal(x, other.state_dict()[name]) for name, x in one.state_dict().items())
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+@pytest.mark.parametrize("fault", ["cut", "pointer", "objects"])
+def test_damaged_weights_say_which_file_and_what_it_is(part, fault, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = latent_folder(tmp_path)
+    (file,) = (folder / part).glob("*.safetensors")
+    if fault == "objects":
+        file = as_bin(folder / part)
+        torch.save({"a": Bomb()}, file)
+    elif fault == "cut":
+        file.write_bytes(file.read_bytes()[:5000])
+    else:
+        file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 2\n")
+    match = {"cut": "damaged", "pointer": "Git LFS", "objects": "more than tensors"}[fault]
+    with pytest.raises(ValueError, match=match) as caught:
+        priors.open(folder, prompt="a")
+    message = str(caught.value)
+    assert file.name in message and f"{part}" in message and "weights_only" not in message
+    assert not (tmp_path / "bomb").exists()
+
+
+def test_a_tokenizer_without_a_vocabulary_is_refused(tmp_path):
+    folder = latent_folder(tmp_path)
+    (folder / "tokenizer" / "vocab.json").unlink()
+    with pytest.raises(FileNotFoundError, match="has no vocabulary"):
+        priors.open(folder, prompt="a")
+    (folder / "text_encoder" / "config.json").write_text("{")
+    (folder / "tokenizer" / "vocab.json").touch()
+    with pytest.raises(ValueError, match=r"text_encoder/config\.json is no JSON"):
+        priors.open(folder, prompt="a")
+
+
+def test_a_description_tells_runs_apart_that_differ_in_anything(tmp_path):
+    folder = latent_folder(tmp_path)
+    one = priors.open(folder, prompt="a").describe()
+    assert one == priors.open(folder, prompt="a").describe()
+    assert one["schedule"]["beta_schedule"] == "scaled_linear"
+    assert one["text_sha256"] != priors.open(folder, prompt="b").describe()["text_sha256"]
+    change_weights(folder / "vae", lambda tensors: tensors["decoder.conv_out.bias"].add_(1))
+    other = priors.open(folder, prompt="a").describe()
+    assert other["vae_sha256"] != one["vae_sha256"] and other["sha256"] == one["sha256"]
+    change_weights(folder / "text_encoder", lambda tensors: next(iter(tensors.values())).add_(1))
+    assert priors.open(folder, prompt="a").describe()["text_sha256"] != one["text_sha256"]

@@ -438,8 +438,8 @@ def _cached(
 ) -> dict[str, Tensor]:
     """Return the weights on the device, from the cache if it has them; else make them, and keep them there.
 
-    Where they cannot be kept, that is an error if ``is_needed``, else a warning: a folder of checkpoints may be one that
-    others own.
+    Where they cannot be kept, that is an error if ``is_needed``, else a warning: checkpoints may lie in a folder of
+    someone else's.
     """
     if folder is None:
         return {name: x.to(device) for name, x in made}
