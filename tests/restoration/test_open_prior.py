@@ -12,6 +12,7 @@ import diffusers
 import pytest
 import safetensors.torch as safetensors_torch
 import torch
+from adm_network import Network
 from saved_folders import XL, latent_folder, pixel_folder
 
 from zsvr import priors
@@ -48,6 +49,54 @@ def test_registered_names_call_their_factory(monkeypatch):
     for name in ("", "a/b", "a.pt", "adm:x"):
         with pytest.raises(ValueError, match="must not look like a path"):
             priors.register(name, lambda: None)
+
+
+@pytest.fixture
+def places(tmp_path, monkeypatch):
+    """Folders that a name is looked up in, best first; nothing else of this machine counts."""
+    folders = {name: tmp_path / name for name in ("weights", "cache/zsvr", "here")}
+    for folder in folders.values():
+        folder.mkdir(parents=True)
+    monkeypatch.setenv("ZSVR_WEIGHTS", str(folders["weights"]))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(folders["here"])
+    return folders
+
+
+def test_the_default_network_is_found_by_its_name(places, tmp_path, monkeypatch):
+    options = {"head_dim": 16, "size": 16, "cache": False}
+    for suffix, name in ((".safetensors", "here"), (".pt", "here"), (".pt", "cache/zsvr"), (".pt", "weights")):
+        path = places[name] / f"256x256_diffusion_uncond{suffix}"
+        if suffix == ".pt":
+            torch.save(Network().state, path)
+        else:
+            safetensors_torch.save_file(Network().state, str(path))
+        prior = priors.open("adm256", **options)
+        assert isinstance(prior, priors.ADMPrior) and prior.size == (16, 16)
+        assert prior.describe()["path"] == str(path)
+    monkeypatch.delenv("ZSVR_WEIGHTS")
+    assert priors.open("adm256", **options).describe()["path"] == str(places["cache/zsvr"] / path.name)
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert priors.open("adm256", **options).describe()["path"] == str(places["here"] / path.name)
+    home = tmp_path / "home" / ".cache" / "zsvr"
+    home.mkdir(parents=True)
+    torch.save(Network().state, home / path.name)
+    assert priors.open("adm256", **options).describe()["path"] == str(home / path.name)
+    with pytest.raises(ValueError, match="no published network"):  # this one is tiny, and options are passed on
+        priors.open("adm256")
+
+
+def test_the_default_network_that_is_nowhere_says_what_to_do(places):
+    (places["here"] / "256x256_diffusion_uncond.pt").mkdir()  # no file
+    with pytest.raises(FileNotFoundError) as caught:
+        priors.open("adm256")
+    message = str(caught.value)
+    for part in (*map(str, places.values()), "256x256_diffusion_uncond.pt", "openai/guided-diffusion", "2.1 GiB"):
+        assert part in message, part
+    assert '"256x256 unconditional"' in message and "--prior PATH" in message and "README" in message
+    with pytest.raises(FileNotFoundError, match="adm256, embedded"):
+        priors.open("adm25")
 
 
 def break_json(folder: Any, name: str, **changes: Any) -> None:
