@@ -528,6 +528,24 @@ def test_a_cache_that_cannot_be_written_says_what_to_do(is_named, tmp_path, monk
     assert sorted(p.name for p in tmp_path.iterdir()) == ["named", "net.pt"] and not list(folder.iterdir())
 
 
+@pytest.mark.parametrize("is_named", [False, True])
+def test_a_cache_that_grows_too_large_for_the_disk_says_so(is_named, tmp_path):
+    path = saved(Network(), tmp_path)
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # bytes; the file would have three times as many
+    try:
+        if is_named:
+            with pytest.raises(OSError, match="grew larger"):
+                adm.open_adm(path, head_dim=16, size=16, cache=tmp_path)
+        else:
+            with pytest.warns(UserWarning, match="grew larger"):
+                adm.open_adm(path, head_dim=16, size=16)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [p.name for p in tmp_path.iterdir()] == ["net.pt"]
+
+
 def test_a_cache_that_cannot_be_read_is_no_obstacle(tmp_path):
     path = saved(Network(), tmp_path)
     options = {"head_dim": 16, "size": 16}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,8 +37,9 @@ def write(path: pathlib.Path, tensors: Mapping[str, Tensor], facts: Mapping[str,
     """Write the weights; the path holds the old file or the whole new one at any time.
 
     Raises:
-        OSError: the folder cannot be written to.
+        OSError: the folder cannot be written to, or the disk is full; nothing is left behind.
     """
+    import safetensors
     import safetensors.torch
 
     whole = {name: x.detach().cpu().contiguous() for name, x in sorted(tensors.items())}
@@ -48,7 +51,11 @@ def write(path: pathlib.Path, tensors: Mapping[str, Tensor], facts: Mapping[str,
         with partial.open("xb"):  # the library's own error for a folder that cannot be written to names no file
             pass
         mode = partial.stat().st_mode
-        safetensors.torch.save_file(whole, str(partial), metadata)
+        try:
+            safetensors.torch.save_file(whole, str(partial), metadata)
+        except safetensors.SafetensorError as error:  # a full disk's too
+            number = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(number[1]) if number else errno.EIO, str(error)) from error
         partial.chmod(mode)  # the library makes it readable for its owner alone
 
 
