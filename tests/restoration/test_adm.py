@@ -178,6 +178,11 @@ def test_networks_that_are_told_rescaled_steps(tmp_path):
         assert prior.describe()["rescale_timesteps"] is rescale and len(prior.alphas_bar) == 4000
 
 
+def test_a_pair_of_sides_may_be_a_list_as_the_command_line_gives_it(tmp_path):
+    prior = adm.open_adm(saved(Network(), tmp_path), head_dim=16, size=[16, 24], cache=False)
+    assert prior.size == (16, 24)
+
+
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_the_wrapper_of_several_devices_is_taken_off(suffix, tmp_path):
     plain, wrapped = Network(), Network()
@@ -343,10 +348,18 @@ def test_a_state_dict_cut_short_says_what_is_missing(tmp_path):
         ({}, {"head_dim": None}, "head_dim=... \\(most: 64\\) or num_heads=..."),
         ({"in_channels": 6}, {"size": None}, "upsampler"),
         ({}, {"head_dim": 24}, "head_dim = 24 does not divide"),
+        ({}, {"head_dim": 0}, "head_dim = 0 does not divide"),
+        ({}, {"head_dim": 16.0}, "head_dim = 16.0 does not divide"),
         ({}, {"head_dim": None, "num_heads": 7}, "num_heads = 7 does not divide"),
         ({}, {"num_heads": 2}, "not both"),
         ({}, {"qkv_order": "old"}, "legacy, new"),
         ({}, {"schedule": "x"}, "linear, cosine"),
+        ({}, {"steps": 0}, "number of training steps, got 0"),
+        ({}, {"steps": 100.5}, "number of training steps, got 100.5"),
+        ({}, {"steps": 20}, "schedule of 20 steps reaches a beta of 1: give more"),
+        ({}, {"size": 0}, "size must be a side"),
+        ({}, {"size": "16"}, "size must be a side"),
+        ({}, {"size": (16,)}, "size must be a side"),
         ({}, {"dtype": torch.float64}, "dtype must be one of"),
     ],
 )
@@ -414,6 +427,13 @@ def test_damaged_checkpoints_fail_with_their_name_whatever_is_hit(legacy, tmp_pa
             adm.open_adm(path, head_dim=16, size=16, cache=False)
         refused += "read safely" in str(caught.value)
     assert refused > 20
+
+
+def test_quantised_weights_are_refused(tmp_path):
+    state = dict(Network().state)
+    state["middle_block.0.in_layers.2.weight"] = torch.zeros(64, 64, 3, 3, dtype=torch.int8)
+    message = error_of(state, tmp_path)
+    assert "middle_block.0.in_layers.2.weight holds torch.int8" in message and "faulty.pt" in message
 
 
 def test_classifiers_are_called_by_their_name(tmp_path):

@@ -22,7 +22,7 @@ from zsvr import weights
 from zsvr.files import hash_file
 from zsvr.priors import weights_cache
 from zsvr.priors.adm_layout import GROUPS, ADMLayout, check_keys, infer_layout, key_map
-from zsvr.priors.base import Prior
+from zsvr.priors.base import Prior, sides
 
 ORDERS = ("legacy", "new")
 SCHEDULES = ("linear", "cosine")
@@ -70,7 +70,12 @@ def alphas_bar(schedule: str, steps: int) -> Tensor:
         schedule: ``"linear"``: beta from ``1e-4 * 1000/steps`` to ``0.02 * 1000/steps`` (Ho et al. 2020);
             ``"cosine"`` (Nichol and Dhariwal 2021).
         steps: number of training steps N.
+
+    Raises:
+        ValueError: no such schedule, or too few steps: its noise would exceed what there is.
     """
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps must be the number of training steps, got {steps!r}")
     if schedule == "linear":
         beta = torch.linspace(1e-4 * 1000 / steps, 0.02 * 1000 / steps, steps, dtype=torch.float64)
     elif schedule == "cosine":
@@ -79,6 +84,8 @@ def alphas_bar(schedule: str, steps: int) -> Tensor:
         beta = (1 - cosine[1:] / cosine[:-1]).clamp(max=0.999)
     else:
         raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
+    if beta.max() >= 1:
+        raise ValueError(f"a {schedule} schedule of {steps} steps reaches a beta of {float(beta.max()):.3g}: give more")
     return torch.cumprod(1 - beta, 0)
 
 
@@ -263,7 +270,7 @@ def open_adm(
                 "schedule=..., steps=... (improved-diffusion's networks have num_heads=4, some of them 1; those of "
                 "4000 steps mostly rescale_timesteps=True)"
             )
-        sides = (size or known.size,) * 2 if not isinstance(size, tuple) else size
+        pixels = sides(known.size if size is None else size)
         if head_dim is None and num_heads is None:
             head_dim, num_heads = known.head_dim, known.num_heads
         order = known.qkv_order if qkv_order is None else qkv_order
@@ -272,7 +279,7 @@ def open_adm(
         schedule = known.schedule if schedule is None else schedule
         bars = alphas_bar(schedule, steps)
         with torch.device("meta"):
-            model = _build(layout, head_dim, num_heads, sides)
+            model = _build(layout, head_dim, num_heads, pixels)
         unet_shapes = {name: tuple(x.shape) for name, x in model.state_dict().items()}
         keys = key_map(layout, unet_shapes)
         check_keys(checkpoint.shapes, keys, unet_shapes)
@@ -292,7 +299,7 @@ def open_adm(
     facts |= {"head_dim": head_dim, "num_heads": num_heads, "steps": steps, "rescale_timesteps": rescale_timesteps}
     scale = 1000 / steps if rescale_timesteps else 1.0
     return ADMPrior(
-        model, layout, alphas_bar=bars, size=sides, qkv_order=order, label=label, time_scale=scale, facts=facts
+        model, layout, alphas_bar=bars, size=pixels, qkv_order=order, label=label, time_scale=scale, facts=facts
     )
 
 
@@ -326,8 +333,8 @@ def _build(layout: ADMLayout, head_dim: int | None, num_heads: int | None, size:
     from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 
     deepest = {layout.channels[i] for i in layout.attention_levels} | {layout.channels[-1]}
-    per_head = head_dim or num_heads
-    wrong = [c for c in sorted(deepest) if per_head is None or per_head < 1 or c % per_head]
+    per_head = num_heads if head_dim is None else head_dim
+    wrong = [c for c in sorted(deepest) if not isinstance(per_head, int) or per_head < 1 or c % per_head]
     if wrong:
         name = "num_heads" if head_dim is None else "head_dim"
         raise ValueError(f"{name} = {per_head} does not divide the {wrong[0]} channels of an attention")
@@ -412,6 +419,8 @@ def _converted(
     """Yield the weights of the UNet2DModel one by one, so that no second copy of the checkpoint is held."""
     for name, targets in keys.items():
         x = checkpoint[name]
+        if not x.is_floating_point():
+            raise ValueError(f"{name} holds {x.dtype}, expected floating point: quantised weights are not supported")
         if name.endswith((".qkv.weight", ".proj_out.weight")):
             x = x.squeeze(-1)
         parts = (x,) if len(targets) == 1 else split_qkv(x, heads[targets[0].rpartition(".to_q.")[0]], order)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from zsvr import pretrained
 from zsvr.files import hash_file, hash_tensors
 from zsvr.priors import text
-from zsvr.priors.base import Prior
+from zsvr.priors.base import Prior, sides
 from zsvr.schedule import alphas_bar_from_config
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
@@ -173,8 +173,8 @@ class LatentPrior(_DiffusersPrior):
             )
         if vae.config.latent_channels != self.channels:
             raise ValueError(f"the VAE has {vae.config.latent_channels} latent channels, the U-Net {self.channels}")
-        if vae_frames < 1:
-            raise ValueError(f"vae_frames must be at least 1, got {vae_frames}")
+        if not isinstance(vae_frames, int) or vae_frames < 1:
+            raise ValueError(f"vae_frames must be a whole number, at least 1, got {vae_frames!r}")
         self.vae = vae
         self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.multiple = self.factor
@@ -353,6 +353,11 @@ def _condition(
     guidance_scale: float,
     variant: str | None,
 ) -> text.TextCondition:
+    if not isinstance(guidance_scale, int | float) or not math.isfinite(guidance_scale):
+        raise ValueError(f"guidance_scale must be a finite number, got {guidance_scale!r}")
+    for words in (prompt, negative_prompt):
+        if not isinstance(words, str | None):
+            raise ValueError(f"prompt and negative_prompt must be text, got {words!r}")
     branches = 1 if guidance_scale == 1 else 2
     if (root / "text_encoder").is_dir() or (root / "text_encoder_2").is_dir():
         fills = bool(index.get("force_zeros_for_empty_prompt", True))
@@ -370,8 +375,7 @@ def _condition(
 def _sides(size: Any) -> tuple[int, int]:
     if size is None:
         raise ValueError("the configuration does not say the size of the training images (sample_size): give size=...")
-    height, width = (size, size) if isinstance(size, int) else size
-    return int(height), int(width)
+    return sides(size)
 
 
 def _json(path: pathlib.Path) -> dict[str, Any]:
