@@ -15,7 +15,7 @@ def sides(size: int | Sequence[int]) -> tuple[int, int]:
     Raises:
         ValueError: it is neither, or not positive.
     """
-    pair = list(size) if isinstance(size, list | tuple) else [size, size]
+    pair: list[Any] = list(size) if isinstance(size, list | tuple) else [size, size]
     if len(pair) != 2 or not all(isinstance(n, int) and n > 0 for n in pair):
         raise ValueError(f"size must be a side in pixels, or (height, width), whole and positive; got {size!r}")
     return pair[0], pair[1]
