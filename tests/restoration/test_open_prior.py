@@ -128,6 +128,7 @@ def test_pixel_models_that_are_no_priors_are_refused(config, options, match, tmp
     [
         ({"in_channels": 9}, {}, "takes 9 channels and gives 4"),
         ({"num_class_embeds": 10}, {}, "an upscaler"),
+        ({"time_cond_proj_dim": 16}, {}, "a distilled one"),
         ({"cross_attention_dim": 24}, {}, "give width 16, the U-Net takes 24"),
         ({"vae": {"latent_channels": 3}}, {}, "3 latent channels, the U-Net 4"),
         ({}, {"label": 1}, "takes a prompt, no label"),

@@ -171,6 +171,8 @@ class LatentPrior(_DiffusersPrior):
             raise ValueError(
                 f"conditioning by {config.addition_embed_type or config.encoder_hid_dim_type!r} is unknown"
             )
+        if config.time_cond_proj_dim is not None:
+            raise ValueError("the network is told its guidance (time_cond_proj_dim): a distilled one, and no prior")
         if vae.config.latent_channels != self.channels:
             raise ValueError(f"the VAE has {vae.config.latent_channels} latent channels, the U-Net {self.channels}")
         if not isinstance(vae_frames, int) or vae_frames < 1:
