@@ -8,15 +8,15 @@ import subprocess
 import sys
 from typing import Any
 
-import diffusers
 import pytest
-import safetensors.torch as safetensors_torch
 import torch
 from adm_network import Network
-from saved_folders import XL, latent_folder, pixel_folder
+from saved_folders import XL, diffusers, latent_folder, pixel_folder
 
 from zsvr import priors
 from zsvr.files import hash_file
+
+safetensors_torch = pytest.importorskip("safetensors.torch")
 
 
 def test_open_decides_by_what_the_path_is(tmp_path):
