@@ -137,6 +137,7 @@ def test_pixel_models_that_are_no_priors_are_refused(config, options, match, tmp
         ({}, {"guidance_scale": float("nan")}, "guidance_scale must be a finite number, got nan"),
         ({}, {"guidance_scale": "2"}, "guidance_scale must be a finite number, got '2'"),
         ({}, {"prompt": ["a"]}, "must be text"),
+        ({}, {"prompt": "a", "negative_prompt": "b"}, "does nothing without guidance"),
         ({}, {"size": "16"}, "size must be a side"),
         ({}, {"size": 0}, "size must be a side"),
         ({"encoders": 1, **XL, "cross_attention_dim": 16}, {}, "the encoders give none"),
@@ -179,6 +180,11 @@ def test_missing_and_broken_files_are_named(tmp_path):
 
 def test_unconditional_latent_models_are_refused(tmp_path):
     break_json(pixel_folder(tmp_path), "model_index.json", vqvae=["diffusers", "VQModel"])
+    with pytest.raises(ValueError, match="unconditional latent model"):
+        priors.open(tmp_path)
+    (tmp_path / "model_index.json").unlink()
+    assert isinstance(priors.open(tmp_path), priors.PixelPrior)
+    (tmp_path / "vqvae").mkdir()
     with pytest.raises(ValueError, match="unconditional latent model"):
         priors.open(tmp_path)
 

@@ -308,7 +308,7 @@ def open_diffusers(
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
     if kind == "UNet2DModel":
-        if "vqvae" in index or "vae" in index:
+        if any(name in index or (root / name).is_dir() for name in ("vqvae", "vae")):
             raise ValueError(
                 f"{root} is an unconditional latent model, which is not supported: only text-conditional are"
             )
@@ -362,6 +362,10 @@ def _condition(
             raise ValueError(f"prompt and negative_prompt must be text, got {words!r}")
     branches = 1 if guidance_scale == 1 else 2
     if (root / "text_encoder").is_dir() or (root / "text_encoder_2").is_dir():
+        if negative_prompt and branches == 1:
+            raise ValueError(
+                "a negative_prompt does nothing without guidance: give guidance_scale above 1, or leave it out"
+            )
         fills = bool(index.get("force_zeros_for_empty_prompt", True))
         return text.encode(
             root, config, prompt or "", negative_prompt, branches, zeros_for_no_negative=fills, variant=variant
