@@ -5,6 +5,8 @@ from __future__ import annotations
 import pathlib
 import re
 import warnings
+import zipfile
+import zlib
 from typing import Any
 
 import torch
@@ -67,6 +69,25 @@ def load(path: Path, *, mmap: bool = False) -> Any:
         raise ValueError(f"{path} holds no tensors that can be read safely: {reason(path, error)}") from error
 
 
+def check_sums(path: Path) -> None:
+    """Compare the contents of a file of ``torch.save`` with the checksums in it, which PyTorch does not look at.
+
+    Files of old versions, and those written without checksums, have none to compare.
+
+    Raises:
+        ValueError: a bit has changed.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            changed = archive.testzip() if any(entry.CRC for entry in archive.infolist()) else None
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): download it again") from error
+    if changed:
+        raise ValueError(f"{path} is damaged, {changed} in it does not have its checksum: download it again")
+
+
 def state_dict(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a .safetensors file, or of a .pth file, which is read without executing anything.
 
@@ -83,6 +104,7 @@ def state_dict(path: Path) -> dict[str, Tensor]:
         except safetensors.SafetensorError as error:
             raise ValueError(f"{path} is no safetensors file, or it is damaged: {reason(path, error)}") from error
     found = load(path)
+    check_sums(path)
     if not isinstance(found, dict) or not all(isinstance(x, Tensor) for x in found.values()):
         raise ValueError(f"{path} holds no state dict of tensors, but {type(found).__name__}")
     return found

@@ -151,6 +151,30 @@ def test_damaged_checkpoints_fail_with_their_name_whatever_is_hit(legacy, tmp_pa
     assert refused > 20
 
 
+@pytest.mark.parametrize("has_sums", [True, False])
+def test_a_bit_that_changed_in_a_weight_is_noticed(has_sums, tmp_path):
+    """PyTorch reads such a file without a word; where a file has no checksums, nothing can be said."""
+    path = tmp_path / "net.pt"
+    torch.serialization.set_crc32_options(has_sums)
+    try:
+        torch.save(Network().state, path)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    options = {"head_dim": 16, "size": 16, "cache": False}
+    adm.open_adm(path, **options)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0x40
+    path.write_bytes(data)
+    torch.load(path, weights_only=True)
+    if not has_sums:
+        adm.open_adm(path, **options)
+        return
+    with pytest.raises(ValueError, match=r"net\.pt is damaged, net/data/\d+ in it"):
+        adm.open_adm(path, **options)
+    with pytest.raises(ValueError, match=r"net\.pt is damaged"):
+        weights.state_dict(path)
+
+
 def test_quantised_weights_are_refused(tmp_path):
     state = dict(Network().state)
     state["middle_block.0.in_layers.2.weight"] = torch.zeros(64, 64, 3, 3, dtype=torch.int8)

@@ -369,6 +369,7 @@ class _Checkpoint:
     """Shapes and tensors of a checkpoint file; tensors are read when they are asked for."""
 
     def __init__(self, path: pathlib.Path) -> None:
+        self._path = path
         self._tensors: Mapping[str, Any] = {}
         self._file: Any = None
         if path.suffix == ".safetensors":
@@ -388,6 +389,10 @@ class _Checkpoint:
             shapes = {name: tuple(x.shape) for name, x in found.items()}
         self._prefix = WRAPPED if all(name.startswith(WRAPPED) for name in shapes) else ""
         self.shapes = {name.removeprefix(self._prefix): shape for name, shape in shapes.items()}
+
+    def check_sums(self) -> None:
+        if self._file is None:
+            weights.check_sums(self._path)
 
     def __getitem__(self, name: str) -> Tensor:
         name = self._prefix + name
@@ -417,6 +422,7 @@ def _converted(
     dtype: torch.dtype,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the weights of the UNet2DModel one by one, so that no second copy of the checkpoint is held."""
+    checkpoint.check_sums()
     for name, targets in keys.items():
         x = checkpoint[name]
         if not x.is_floating_point():
