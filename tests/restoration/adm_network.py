@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -193,3 +194,23 @@ class Network:
                 n += 1
         h = F.silu(F.group_norm(h, 32, *self._parts("out.0", x.dtype), eps=1e-5))
         return F.conv2d(h, *self._parts("out.2", x.dtype), padding=1)
+
+
+def saved(network: Network, folder: Any, name: str = "net.pt") -> Any:
+    """Return the path of the state dict, written to a folder."""
+    path = folder / name
+    if path.suffix == ".safetensors":
+        import safetensors.torch
+
+        safetensors.torch.save_file(network.state, str(path))
+    else:
+        torch.save(network.state, path)
+    return path
+
+
+def frames(n: int = 2, size: int = 16, seed: int = 1) -> Tensor:
+    return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm())

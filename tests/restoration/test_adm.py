@@ -1,44 +1,23 @@
-"""ADM checkpoints: conversion against an independent forward, orders of qkv, faults, cache."""
+"""ADM checkpoints: conversion against an independent forward, orders of qkv, published layouts, half precision."""
 
 from __future__ import annotations
 
 import math
 import re
-import warnings
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from adm_network import Network
+from adm_network import Network, frames, relative, saved
 from torch import Tensor
 
 import zsvr_kernels as zk
-from zsvr import files
-from zsvr.files import hash_file
 from zsvr.priors import adm, adm_layout
 
 pytest.importorskip("diffusers")
-safetensors_torch = pytest.importorskip("safetensors.torch")
-
-
-def saved(network: Network, folder: Any, name: str = "net.pt") -> Any:
-    path = folder / name
-    if path.suffix == ".safetensors":
-        safetensors_torch.save_file(network.state, str(path))
-    else:
-        torch.save(network.state, path)
-    return path
-
-
-def frames(n: int = 2, size: int = 16, seed: int = 1) -> Tensor:
-    return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(seed))
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    return float((a.double() - b.double()).norm() / b.double().norm())
-
+pytest.importorskip("safetensors")
 
 NETWORKS: dict[str, dict[str, Any]] = {
     "as published": {"multipliers": (1, 1, 2), "blocks": 2, "attention": (1, 2)},
@@ -134,7 +113,11 @@ def test_the_full_network_has_the_published_size_and_every_key_is_mapped():
         ({"base": 192, "multipliers": (1, 2, 3, 4), "blocks": 3}, (64, "new", 64, None, "cosine")),
         ({"base": 256, "multipliers": (1, 1, 2, 3, 4), "blocks": 2}, (128, "legacy", None, 4, "linear")),
         ({"base": 256, "multipliers": (0.5, 1, 1, 2, 2, 4, 4), "blocks": 2}, (512, "legacy", 64, None, "linear")),
+        ({"base": 128, "multipliers": (1, 1, 2, 2, 4, 4), "blocks": 1}, (256, "legacy", 64, None, "linear")),
         ({"base": 128, "multipliers": (1, 2, 3, 4), "blocks": 3}, None),
+        # improved-diffusion: the same multipliers, yet 4 heads and the legacy order; one head
+        ({"base": 192, "multipliers": (1, 2, 3, 4), "blocks": 3, "updown": False}, None),
+        ({"base": 128, "multipliers": (1, 1, 2, 2, 4, 4), "updown": False, "scale_shift": False}, None),
     ],
 )
 def test_published_networks_are_known_by_their_layout(arguments, expected):
@@ -145,6 +128,48 @@ def test_published_networks_are_known_by_their_layout(arguments, expected):
     else:
         assert known is not None
         assert (known.size, known.qkv_order, known.head_dim, known.num_heads, known.schedule) == expected
+
+
+def test_the_published_ffhq_network_opens_without_options(tmp_path):
+    """128 channels, one residual block, attention at 16 x 16, 64 channels a head: ``ffhq_10m.pt`` and its kin."""
+    network = Network(128, (1, 1, 2, 2, 4, 4), 1, (4,), 64)
+    network.state = {name: x.half() for name, x in network.state.items()}
+    prior = adm.open_adm(saved(network, tmp_path), cache=False)
+    assert (prior.size, prior.multiple, prior.expected_count) == ((256, 256), 32, 4)
+    assert prior.learns_variance and {m.heads for _, m in adm._attentions(prior.model)} == {8}
+    x = frames(1, 32)
+    with torch.no_grad():
+        got, expected = prior.predict(x, 7)[0], network(x, 7, "legacy")[:, :3]
+    assert relative(got, expected) < 1e-5
+
+
+def test_networks_that_are_told_rescaled_steps(tmp_path):
+    """improved-diffusion's networks of 4000 steps are told a quarter of the step, which need not be whole."""
+    network = Network(updown=False, head_dim=None, heads=4)
+    options = {"num_heads": 4, "size": 16, "schedule": "cosine", "steps": 4000, "cache": False}
+    path = saved(network, tmp_path)
+    x = frames().double()
+    for rescale, told in ((True, 3001 / 4), (False, 3001)):
+        prior = adm.open_adm(path, **options, rescale_timesteps=rescale)
+        prior.model.double()
+        with torch.no_grad():
+            assert relative(prior.predict(x, 3001)[0], network(x, told, "legacy")[:, :3]) < 1e-12
+        assert prior.describe()["rescale_timesteps"] is rescale and len(prior.alphas_bar) == 4000
+
+
+def test_a_pair_of_sides_may_be_a_list_as_the_command_line_gives_it(tmp_path):
+    prior = adm.open_adm(saved(Network(), tmp_path), head_dim=16, size=[16, 24], cache=False)
+    assert prior.size == (16, 24)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_the_wrapper_of_several_devices_is_taken_off(suffix, tmp_path):
+    plain, wrapped = Network(), Network()
+    wrapped.state = {f"module.{name}": x for name, x in plain.state.items()}
+    options = {"head_dim": 16, "size": 16, "cache": False}
+    expected = adm.open_adm(saved(plain, tmp_path, "plain" + suffix), **options).model.state_dict()
+    got = adm.open_adm(saved(wrapped, tmp_path, "wrapped" + suffix), **options).model.state_dict()
+    assert all(torch.equal(x, got[name]) for name, x in expected.items())
 
 
 @pytest.mark.parametrize("order", adm.ORDERS)
@@ -247,169 +272,3 @@ def test_half_torso_keeps_norms_and_embeddings_in_float32(dtype, tmp_path):
     context = zk.VideoContext(torch.zeros(1, 1, 2, 16, 16), torch.zeros(1, 1, 2, 16, 16))
     with torch.no_grad(), zk.patched(prior.model, context, expected_count=prior.expected_count):
         assert torch.isfinite(prior.predict(x, 300)[0]).all()
-
-
-# ---- faults ----
-
-
-def error_of(state: dict[str, Any], folder: Any, **options: Any) -> str:
-    torch.save(state, folder / "faulty.pt")
-    with pytest.raises(ValueError) as caught:
-        adm.open_adm(folder / "faulty.pt", **{"head_dim": 16, "size": 16, "cache": False, **options})
-    return str(caught.value)
-
-
-def test_every_key_that_does_not_fit_is_listed(tmp_path):
-    state = dict(Network().state)
-    del state["middle_block.1.qkv.bias"], state["output_blocks.0.0.in_layers.0.weight"]
-    state["input_blocks.2.0.in_layers.2.weights"] = state.pop("input_blocks.2.0.in_layers.2.weight")
-    state["ema.decay"] = torch.zeros(1)
-    state["out.0.weight"] = torch.zeros(64)
-    message = error_of(state, tmp_path)
-    for line in (
-        "missing: middle_block.1.qkv.bias",
-        "missing: output_blocks.0.0.in_layers.0.weight",
-        "missing: input_blocks.2.0.in_layers.2.weight\n",
-        "unexpected: input_blocks.2.0.in_layers.2.weights",
-        "unexpected: ema.decay (1,)",
-        "wrong shape: out.0.weight (64,), expected (32,)",
-        "6 keys",
-        "faulty.pt",
-    ):
-        assert line in message, line
-
-
-def test_a_state_dict_cut_short_says_what_is_missing(tmp_path):
-    whole = Network().state
-    message = error_of({k: v for k, v in whole.items() if not k.startswith("output_blocks.3.")}, tmp_path)
-    assert message.count("missing: output_blocks.3.0.") == 12
-    message = error_of({k: v for k, v in whole.items() if not k.startswith("out.2")}, tmp_path)
-    assert "out.2.weight" in message and "no state dict of a guided-diffusion U-Net" in message
-    assert "time_embed.0.weight" in error_of({"conv.weight": torch.zeros(1)}, tmp_path)
-    message = error_of({k: v for k, v in whole.items() if "blocks.1." not in k}, tmp_path)
-    assert "input_blocks.1.0.out_layers.3.weight" in message or "do not fit" in message
-
-
-@pytest.mark.parametrize(
-    ("network", "options", "match"),
-    [
-        ({"in_channels": 6}, {}, "upsampler"),
-        ({"out": 5}, {}, "expected 3, or 6"),
-        ({"classes": 5}, {}, "class-conditional \\(5 classes\\)"),
-        ({"classes": 5}, {"label": 5}, "within 0..4"),
-        ({}, {"label": 0}, "knows no classes"),
-        ({}, {"size": None}, "no published network has channel multipliers"),
-        ({}, {"head_dim": 24}, "head_dim = 24 does not divide"),
-        ({}, {"head_dim": None, "num_heads": 7}, "num_heads = 7 does not divide"),
-        ({}, {"num_heads": 2}, "not both"),
-        ({}, {"qkv_order": "old"}, "legacy, new"),
-        ({}, {"schedule": "x"}, "linear, cosine"),
-        ({}, {"dtype": torch.float64}, "dtype must be one of"),
-    ],
-)
-def test_wrong_uses_are_refused(network, options, match, tmp_path):
-    path = saved(Network(**network), tmp_path)
-    with pytest.raises(ValueError, match=match):
-        adm.open_adm(path, **{"head_dim": 16, "size": 16, "cache": False, **options})
-
-
-class Bomb:
-    def __reduce__(self) -> Any:
-        return (exec, ("import pathlib; pathlib.Path('bomb').touch()",))
-
-
-def test_files_that_are_no_checkpoints_are_refused_and_not_executed(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    options = {"head_dim": 16, "size": 16, "cache": False}
-    torch.save({"state": Bomb()}, "pickle.pt")
-    with pytest.raises(ValueError, match="more than tensors"):
-        adm.open_adm("pickle.pt", **options)
-    assert not (tmp_path / "bomb").exists()
-    whole = saved(Network(), tmp_path).read_bytes()
-    for name, data in {"cut.pt": whole[: len(whole) // 2], "empty.pt": b"", "cut.safetensors": b"\x10"}.items():
-        (tmp_path / name).write_bytes(data)
-        with pytest.raises(ValueError, match=name):
-            adm.open_adm(name, **options)
-    torch.save({"state_dict": Network().state}, "wrapped.pt")
-    with pytest.raises(ValueError, match="no state dict but a dict with state_dict"):
-        adm.open_adm("wrapped.pt", **options)
-    with pytest.raises(FileNotFoundError, match=r"nothing\.pt"):
-        adm.open_adm("nothing.pt", **options)
-
-
-# ---- cache ----
-
-
-def test_the_cache_is_made_once_read_back_and_keyed(tmp_path, monkeypatch):
-    path = saved(Network(), tmp_path, "net.safetensors")
-    options = {"head_dim": 16, "size": 16}
-    first = adm.open_adm(path, **options)
-    (file,) = tmp_path.glob("net.*.zsvr.safetensors")
-    (tmp_path / "plain").touch()
-    assert file.stat().st_mode == (tmp_path / "plain").stat().st_mode
-    with monkeypatch.context() as patch:  # nothing is converted any more
-
-        def refuse(*_: Any) -> Any:
-            raise AssertionError("converted again")
-            yield
-
-        patch.setattr(adm, "_converted", refuse)
-        second = adm.open_adm(path, **options)
-    for name, x in first.model.state_dict().items():
-        assert torch.equal(x, second.model.state_dict()[name]), name
-    adm.open_adm(path, **options, qkv_order="new")
-    adm.open_adm(path, **options, dtype=torch.bfloat16)
-    assert len(list(tmp_path.glob("net.*.zsvr.safetensors"))) == 3
-    folder = tmp_path / "elsewhere"
-    with pytest.raises(FileNotFoundError, match="elsewhere"):
-        adm.open_adm(path, **options, cache=folder)
-    folder.mkdir()
-    adm.open_adm(path, **options, cache=folder)
-    assert [p.name for p in folder.iterdir()] == [file.name]
-    assert first.describe()["sha256"] == hash_file(path)
-    network = Network(seed=5)
-    safetensors_torch.save_file(network.state, str(path))
-    third = adm.open_adm(path, **options)
-    third.model.double()
-    eps, _ = third.predict(frames().double(), 5)
-    assert relative(eps, network(frames().double(), 5, "legacy")[:, :3]) < 1e-12
-
-
-@pytest.mark.parametrize("fault", ["flipped bit", "cut short", "foreign", "empty", "renamed"])
-def test_a_damaged_cache_is_noticed_and_made_anew(fault, tmp_path):
-    path = saved(Network(), tmp_path)
-    options = {"head_dim": 16, "size": 16}
-    expected = adm.open_adm(path, **options).model.state_dict()
-    (file,) = tmp_path.glob("*.zsvr.safetensors")
-    data = bytearray(file.read_bytes())
-    if fault == "flipped bit":
-        data[-77] ^= 4
-    elif fault == "cut short":
-        del data[-100:]
-    elif fault == "empty":
-        data.clear()
-    elif fault == "renamed":
-        adm.open_adm(path, **options, qkv_order="new")
-        data = bytearray(next(p for p in tmp_path.glob("*.zsvr.safetensors") if p != file).read_bytes())
-    file.write_bytes(data)
-    if fault == "foreign":
-        safetensors_torch.save_file({"x": torch.zeros(1)}, str(file))
-    with pytest.warns(UserWarning, match="made anew"):
-        again = adm.open_adm(path, **options).model.state_dict()
-    assert all(torch.equal(x, again[name]) for name, x in expected.items())
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        adm.open_adm(path, **options)
-    assert not list(tmp_path.glob(".*"))
-
-
-def test_a_cache_that_cannot_be_written_says_what_to_do(tmp_path, monkeypatch):
-    path = saved(Network(), tmp_path)
-
-    def full(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(files.os, "replace", full)
-    with pytest.raises(OSError, match="cache=False"):
-        adm.open_adm(path, head_dim=16, size=16)
-    assert [p.name for p in tmp_path.iterdir()] == ["net.pt"]

@@ -9,6 +9,7 @@ import diffusers
 import pytest
 import torch
 import transformers
+from adm_network import Network
 from saved_folders import XL, latent_folder, pixel_folder
 
 import zsvr_kernels as zk
@@ -268,6 +269,82 @@ def test_encode_and_decode_are_differentiable(tmp_path):
     prior.decode(z).square().mean().backward()
     assert u.grad.abs().min(dim=0).values.max() > 0 and torch.isfinite(u.grad).all()
     assert not any(p.requires_grad for p in (*prior.vae.parameters(), *prior.model.parameters()))
+
+
+def test_a_mean_and_deviation_of_each_channel_are_taken_off(tmp_path):
+    """As diffusers' pipelines do for such VAEs: ``x = (z - mean) scaling_factor / std``."""
+    mean, std = [-0.5, 0.25, 1.0, 0.0], [2.0, 1.0, 0.5, 3.0]
+    prior = priors.open(latent_folder(tmp_path, vae={"latents_mean": mean, "latents_std": std}))
+    u = frames(2).clamp(-1, 1)
+    m, s = (torch.tensor(v)[:, None, None] for v in (mean, std))
+    with torch.no_grad():
+        z = prior.vae.encode(u).latent_dist.mean
+        x = prior.encode(u)
+        torch.testing.assert_close(x, (z - m) * 0.3 / s, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(prior.decode(x), prior.vae.decode(z).sample, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "prediction"),
+    [("adm", "epsilon"), *((kind, p) for kind in ("pixel", "latent") for p in diffusers_prior.PREDICTIONS)],
+)
+def test_gradients_are_those_of_what_is_computed(kind, prediction, tmp_path):
+    """A host differentiates through predict and decode: against central differences, in float64."""
+    if kind == "pixel":
+        prior = priors.open(pixel_folder(tmp_path, {"prediction_type": prediction}, out_channels=6))
+    elif kind == "latent":
+        folder = latent_folder(tmp_path, {"prediction_type": prediction})
+        prior = priors.open(folder, prompt="a", guidance_scale=2.5, vae_frames=1)
+        prior.vae.double()
+    else:
+        torch.save(Network().state, tmp_path / "net.pt")
+        prior = priors.open(tmp_path / "net.pt", head_dim=16, size=16, cache=False)
+    prior.model.double()
+    shape = (2, prior.channels, 16 // prior.factor, 16 // prior.factor)
+    g = torch.Generator().manual_seed(2)
+    x, along = (torch.randn(shape, generator=g, dtype=torch.float64) for _ in range(2))
+    weight = torch.randn(shape, generator=g, dtype=torch.float64)
+    image = torch.randn(2, 3, 16, 16, generator=g, dtype=torch.float64)
+
+    def of_predict(x):
+        eps, frac = prior.predict(x, 300)
+        return (eps * weight).sum() + (0 if frac is None else (frac * weight).sum())
+
+    def of_decode(x):
+        return (prior.decode(x) * image).sum()
+
+    for f in (of_predict, of_decode):
+        x.requires_grad_(True)
+        (gradient,) = torch.autograd.grad(f(x), x)
+        with torch.no_grad():
+            difference = (f(x + 1e-5 * along) - f(x - 1e-5 * along)) / 2e-5
+        torch.testing.assert_close((gradient * along).sum(), difference, rtol=1e-5, atol=1e-6)
+        assert (gradient.abs() > 0).all()
+
+
+@pytest.mark.parametrize("kind", ["pixel", "latent", "adm"])
+def test_gradients_of_half_networks_are_near_those_in_float32(kind, tmp_path):
+    if kind == "adm":
+        network = Network()
+        for name, weight in network.state.items():
+            if name.endswith(("out_layers.3.weight", "proj_out.weight")):
+                weight.mul_(0.1)  # unlike a random network, a trained one does not blow rounding up
+        torch.save(network.state, tmp_path / "net.pt")
+        options = {"head_dim": 16, "size": 16, "cache": False}
+        source = tmp_path / "net.pt"
+    else:
+        options = {}
+        source = (pixel_folder if kind == "pixel" else latent_folder)(tmp_path)
+    gradients = []
+    for dtype in (torch.float32, torch.bfloat16):
+        prior = priors.open(source, dtype=dtype, **options)
+        x = frames(2, prior.channels, 16 // prior.factor).requires_grad_(True)
+        eps, _ = prior.predict(x, 300)
+        prior.decode(x - eps).square().mean().backward()
+        gradients.append(x.grad)
+    whole, half = gradients
+    assert half.dtype == torch.float32
+    assert 0 < float((half - whole).norm() / whole.norm()) < 8 * torch.finfo(torch.bfloat16).eps
 
 
 # ---- patching ----

@@ -433,6 +433,32 @@ def test_clip_embeds_as_transformers_does_and_lets_gradients_through(clip_folder
     assert guided.shift(x, 0, 100).abs().max() > 0
 
 
+@pytest.mark.parametrize("side", [20, 32, 80])
+def test_clip_prepares_square_frames_as_its_processor_does(side, clip_folder):
+    """Up to 1.25 levels of 8 bits: the processor rounds after each axis, and cubic weights add up to 1.5 at most."""
+    import transformers
+
+    kind = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)  # the latter's name in 4
+    sizes = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    processor = kind(**sizes, image_mean=[0.5] * 3, image_std=[0.25] * 3)
+    u = 0.3 + 0.4 * torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(2))  # nothing is clipped
+    u = (255 * u).round() / 255
+    images = [(255 * frame).round().byte().permute(1, 2, 0).numpy() for frame in u]
+    encoder = semantic.open_clip_encoder(clip_folder)
+    encoder.model = torch.nn.Identity()
+    error = (encoder(u) - processor(images=images, return_tensors="pt").pixel_values).abs().max()
+    assert error < 1.25 / 255 / 0.25
+
+
+def test_a_damaged_encoder_says_which_file(clip_folder, tmp_path):
+    (tmp_path / "config.json").write_bytes((clip_folder / "config.json").read_bytes())
+    with pytest.raises(FileNotFoundError, match="has no weights"):
+        semantic.open_clip_encoder(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes((clip_folder / "model.safetensors").read_bytes()[:5000])
+    with pytest.raises(ValueError, match=r"model\.safetensors: it is damaged"):
+        semantic.open_clip_encoder(tmp_path)
+
+
 def test_folders_without_an_image_encoder_are_refused(clip_folder, tmp_path):
     import transformers
 
@@ -442,7 +468,9 @@ def test_folders_without_an_image_encoder_are_refused(clip_folder, tmp_path):
         hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8
     )
     transformers.CLIPVisionModel(config).save_pretrained(tmp_path)  # has no projection
-    with pytest.raises(ValueError, match=r"lacks weights of the image encoder: visual_projection\.weight"):
+    with pytest.raises(
+        ValueError, match=r"lacks weights of the CLIPVisionModelWithProjection: visual_projection\.weight"
+    ):
         semantic.open_clip_encoder(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     with pytest.raises(ValueError, match="of type 'bert'"):

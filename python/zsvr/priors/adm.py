@@ -9,7 +9,6 @@ import dataclasses
 import math
 import os
 import pathlib
-import pickle
 import re
 import warnings
 import zipfile
@@ -19,13 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zsvr import weights
 from zsvr.files import hash_file
 from zsvr.priors import weights_cache
 from zsvr.priors.adm_layout import GROUPS, ADMLayout, check_keys, infer_layout, key_map
-from zsvr.priors.base import Prior
+from zsvr.priors.base import Prior, sides
 
 ORDERS = ("legacy", "new")
 SCHEDULES = ("linear", "cosine")
+WRAPPED = "module."  # before every key, where DataParallel's wrapper was saved with the network
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _IN_TORSO = re.compile(r"\.(conv1|conv2|conv_shortcut|conv|to_q|to_k|to_v|to_out\.0)\.(weight|bias)$")
@@ -52,9 +53,14 @@ PUBLISHED = {  # by channel multipliers, finest level first
 
 
 def published(layout: ADMLayout) -> Published | None:
-    """Return what is known of a published network with this layout, or None."""
+    """Return what is known of a published network with this layout, or None.
+
+    improved-diffusion's networks have the same multipliers, but other heads, orders and steps: none is known.
+    """
     known = PUBLISHED.get(layout.multipliers)
-    return known if known is None or known.base_channels in (None, layout.base_channels) else None
+    if known is None or not (layout.has_residual_resampling and layout.has_scale_shift):
+        return None
+    return known if known.base_channels in (None, layout.base_channels) else None
 
 
 def alphas_bar(schedule: str, steps: int) -> Tensor:
@@ -64,7 +70,12 @@ def alphas_bar(schedule: str, steps: int) -> Tensor:
         schedule: ``"linear"``: beta from ``1e-4 * 1000/steps`` to ``0.02 * 1000/steps`` (Ho et al. 2020);
             ``"cosine"`` (Nichol and Dhariwal 2021).
         steps: number of training steps N.
+
+    Raises:
+        ValueError: no such schedule, or too few steps: its noise would exceed what there is.
     """
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps must be the number of training steps, got {steps!r}")
     if schedule == "linear":
         beta = torch.linspace(1e-4 * 1000 / steps, 0.02 * 1000 / steps, steps, dtype=torch.float64)
     elif schedule == "cosine":
@@ -73,6 +84,8 @@ def alphas_bar(schedule: str, steps: int) -> Tensor:
         beta = (1 - cosine[1:] / cosine[:-1]).clamp(max=0.999)
     else:
         raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
+    if beta.max() >= 1:
+        raise ValueError(f"a {schedule} schedule of {steps} steps reaches a beta of {float(beta.max()):.3g}: give more")
     return torch.cumprod(1 - beta, 0)
 
 
@@ -99,6 +112,7 @@ class ADMPrior(Prior):
         layout: what the checkpoint's keys said.
         qkv_order: the order its attention projections were read in.
         label: class that is restored towards, or None.
+        time_scale: times the training step is what the network is told.
     """
 
     def __init__(
@@ -110,6 +124,7 @@ class ADMPrior(Prior):
         size: tuple[int, int],
         qkv_order: str,
         label: int | None,
+        time_scale: float = 1.0,
         facts: dict[str, Any],
     ) -> None:
         self.model: nn.Module = model
@@ -122,6 +137,7 @@ class ADMPrior(Prior):
         self.expected_count = layout.attentions
         self.qkv_order = qkv_order
         self.label = label
+        self.time_scale = time_scale
         self._facts = facts
 
     def predict(self, x: Tensor, step: int) -> tuple[Tensor, Tensor | None]:
@@ -131,7 +147,8 @@ class ADMPrior(Prior):
         inputs: dict[str, Tensor] = {}
         if self.label is not None:
             inputs["class_labels"] = torch.full((x.shape[0],), self.label, dtype=torch.long, device=x.device)
-        out = model(x.to(model.dtype), step, **inputs).sample.to(x.dtype)
+        time = torch.tensor([step * self.time_scale], dtype=torch.float32, device=x.device)
+        out = model(x.to(model.dtype), time, **inputs).sample.to(x.dtype)
         if not self.learns_variance:
             return out, None
         eps, variance = out.chunk(2, dim=1)
@@ -193,6 +210,7 @@ def open_adm(
     size: int | tuple[int, int] | None = None,
     schedule: str | None = None,
     steps: int = 1000,
+    rescale_timesteps: bool = False,
     label: int | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
@@ -211,12 +229,14 @@ def open_adm(
         size: pixels of the training images, a side or (height, width).
         schedule: of the noise, ``"linear"`` or ``"cosine"``.
         steps: number of training steps N.
+        rescale_timesteps: the network is told ``1000/steps`` times the step, as in some of improved-diffusion.
         label: class to restore towards, for a class-conditional network.
         dtype: float32; float16 or bfloat16 for the torso's convolutions and attention, while norms, embeddings, the
             first and the last convolution stay float32.
         device: of the network.
-        cache: the converted weights are kept as a file beside the checkpoint (True), in a folder (its path), or not at
-            all (False). The file is found by the checkpoint's hash and the options, and verified when it is read.
+        cache: the converted weights are kept as a file beside the checkpoint (True; a warning where that cannot be
+            written), in a folder (its path), or not at all (False). The file is found by the checkpoint's hash and the
+            options, and verified when it is read.
 
     Returns:
         The prior, its network in evaluation mode and without gradients of weights.
@@ -224,7 +244,7 @@ def open_adm(
     Raises:
         FileNotFoundError: no such file, or the cache's folder does not exist.
         ValueError: the file holds something else; every key that does not fit is listed. An option is missing or wrong.
-        OSError: the cache cannot be written.
+        OSError: the cache cannot be written to the folder that was named.
 
     Example:
         >>> prior = open_adm("256x256_diffusion_uncond.pt", dtype=torch.bfloat16, device="cuda")
@@ -240,15 +260,17 @@ def open_adm(
     checkpoint = _Checkpoint(path)
     try:
         layout = infer_layout(checkpoint.shapes)
-        known = published(layout) or Published(0)
-        if size is None and not known.size:
+        _check_use(layout, label)
+        known = published(layout) or Published(0, head_dim=None)
+        if not known.size and (size is None or head_dim is num_heads is None):
             raise ValueError(
                 f"no published network has channel multipliers {layout.multipliers} on {layout.base_channels} "
-                "channels: say the size of its training images, size=..., and if not legacy, 64 and linear: "
-                "qkv_order=..., head_dim=... or num_heads=..., schedule=..."
+                f"channels with {_manner(layout)}: say the size of its training images, size=..., and its heads, "
+                "head_dim=... (most: 64) or num_heads=..., and if not legacy, linear and 1000: qkv_order=..., "
+                "schedule=..., steps=... (improved-diffusion's networks have num_heads=4, some of them 1; those of "
+                "4000 steps mostly rescale_timesteps=True)"
             )
-        _check_use(layout, label)
-        sides = (size or known.size,) * 2 if not isinstance(size, tuple) else size
+        pixels = sides(known.size if size is None else size)
         if head_dim is None and num_heads is None:
             head_dim, num_heads = known.head_dim, known.num_heads
         order = known.qkv_order if qkv_order is None else qkv_order
@@ -257,7 +279,7 @@ def open_adm(
         schedule = known.schedule if schedule is None else schedule
         bars = alphas_bar(schedule, steps)
         with torch.device("meta"):
-            model = _build(layout, head_dim, num_heads, sides)
+            model = _build(layout, head_dim, num_heads, pixels)
         unet_shapes = {name: tuple(x.shape) for name, x in model.state_dict().items()}
         keys = key_map(layout, unet_shapes)
         check_keys(checkpoint.shapes, keys, unet_shapes)
@@ -265,7 +287,8 @@ def open_adm(
         source = {"sha256": hash_file(path), "parameters": sum(map(math.prod, unet_shapes.values()))}
         options = {"qkv_order": order, "heads": sorted(heads.items()), "dtype": str(dtype)}
         made = _converted(checkpoint, keys, heads, order, dtype)
-        state = _cached(made, _cache_folder(path, cache), path.stem, {**source, **options}, device)
+        folder = _cache_folder(path, cache)
+        state = _cached(made, folder, path.stem, {**source, **options}, device, is_needed=cache is not True)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     model.load_state_dict(state, strict=True, assign=True)
@@ -273,8 +296,16 @@ def open_adm(
     if dtype != torch.float32:
         _run_torso_in(model, dtype)
     facts = {"path": str(path), **source, "dtype": str(dtype).removeprefix("torch."), "schedule": schedule}
-    facts |= {"head_dim": head_dim, "num_heads": num_heads, "steps": steps}
-    return ADMPrior(model, layout, alphas_bar=bars, size=sides, qkv_order=order, label=label, facts=facts)
+    facts |= {"head_dim": head_dim, "num_heads": num_heads, "steps": steps, "rescale_timesteps": rescale_timesteps}
+    scale = 1000 / steps if rescale_timesteps else 1.0
+    return ADMPrior(
+        model, layout, alphas_bar=bars, size=pixels, qkv_order=order, label=label, time_scale=scale, facts=facts
+    )
+
+
+def _manner(layout: ADMLayout) -> str:
+    resampling = "residual blocks" if layout.has_residual_resampling else "strided convolutions"
+    return f"{resampling} that resample and a time embedding that {'scales' if layout.has_scale_shift else 'is added'}"
 
 
 def _check_use(layout: ADMLayout, label: int | None) -> None:
@@ -302,8 +333,8 @@ def _build(layout: ADMLayout, head_dim: int | None, num_heads: int | None, size:
     from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 
     deepest = {layout.channels[i] for i in layout.attention_levels} | {layout.channels[-1]}
-    per_head = head_dim or num_heads
-    wrong = [c for c in sorted(deepest) if per_head is None or per_head < 1 or c % per_head]
+    per_head = num_heads if head_dim is None else head_dim
+    wrong = [c for c in sorted(deepest) if not isinstance(per_head, int) or per_head < 1 or c % per_head]
     if wrong:
         name = "num_heads" if head_dim is None else "head_dim"
         raise ValueError(f"{name} = {per_head} does not divide the {wrong[0]} channels of an attention")
@@ -338,6 +369,7 @@ class _Checkpoint:
     """Shapes and tensors of a checkpoint file; tensors are read when they are asked for."""
 
     def __init__(self, path: pathlib.Path) -> None:
+        self._path = path
         self._tensors: Mapping[str, Any] = {}
         self._file: Any = None
         if path.suffix == ".safetensors":
@@ -346,24 +378,40 @@ class _Checkpoint:
             try:
                 self._file = safetensors.safe_open(str(path), framework="pt", device="cpu")
             except safetensors.SafetensorError as error:
-                raise ValueError(f"{path} is no safetensors file, or it is damaged: {error}") from error
+                why = weights.reason(path, error)
+                raise ValueError(f"{path} is no safetensors file, or it is damaged: {why}") from error
             names = self._file.keys()
-            self.shapes = {name: tuple(self._file.get_slice(name).get_shape()) for name in names}
-            return
-        try:
-            found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise ValueError(f"{path} holds more than tensors, or is damaged: {error}") from error
-        if not isinstance(found, Mapping) or not all(isinstance(x, Tensor) for x in found.values()):
-            inside = f" with {', '.join(map(str, list(found)[:5]))}" if isinstance(found, Mapping) else ""
-            raise ValueError(
-                f"{path} holds no state dict but a {type(found).__name__}{inside}: save the network's alone"
-            )
-        self._tensors = found
-        self.shapes = {name: tuple(x.shape) for name, x in found.items()}
+            shapes = {name: tuple(self._file.get_slice(name).get_shape()) for name in names}
+        else:
+            found = weights.load(path, mmap=zipfile.is_zipfile(path))
+            _check_state_dict(path, found)
+            self._tensors = found
+            shapes = {name: tuple(x.shape) for name, x in found.items()}
+        self._prefix = WRAPPED if all(name.startswith(WRAPPED) for name in shapes) else ""
+        self.shapes = {name.removeprefix(self._prefix): shape for name, shape in shapes.items()}
+
+    def check_sums(self) -> None:
+        if self._file is None:
+            weights.check_sums(self._path)
 
     def __getitem__(self, name: str) -> Tensor:
+        name = self._prefix + name
         return self._tensors[name] if self._file is None else self._file.get_tensor(name)
+
+
+def _check_state_dict(path: pathlib.Path, found: Any) -> None:
+    """Refuse what holds no tensors by name, and say where within it they may be."""
+    if isinstance(found, Mapping) and all(isinstance(k, str) and isinstance(x, Tensor) for k, x in found.items()):
+        return
+    inside, advice = "", "save the network's alone"
+    if isinstance(found, Mapping):
+        inside = f" with {', '.join(map(str, list(found)[:5]))}"
+        within = [key for key, x in found.items() if isinstance(x, Mapping)]
+        if within:
+            pick = f"torch.load({path.name!r}, weights_only=True)[{within[-1]!r}]"
+            which = "" if len(within) == 1 else f" (or another of {', '.join(map(str, within))})"
+            advice += f', torch.save({pick}, "network.pt"){which}'
+    raise ValueError(f"{path} holds no state dict but a {type(found).__name__}{inside}: {advice}")
 
 
 def _converted(
@@ -374,8 +422,11 @@ def _converted(
     dtype: torch.dtype,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the weights of the UNet2DModel one by one, so that no second copy of the checkpoint is held."""
+    checkpoint.check_sums()
     for name, targets in keys.items():
         x = checkpoint[name]
+        if not x.is_floating_point():
+            raise ValueError(f"{name} holds {x.dtype}, expected floating point: quantised weights are not supported")
         if name.endswith((".qkv.weight", ".proj_out.weight")):
             x = x.squeeze(-1)
         parts = (x,) if len(targets) == 1 else split_qkv(x, heads[targets[0].rpartition(".to_q.")[0]], order)
@@ -397,8 +448,14 @@ def _cached(
     stem: str,
     facts: Mapping[str, Any],
     device: torch.device | str,
+    *,
+    is_needed: bool,
 ) -> dict[str, Tensor]:
-    """Return the weights on the device, from the cache if it has them; else make them, and keep them there."""
+    """Return the weights on the device, from the cache if it has them; else make them, and keep them there.
+
+    Where they cannot be kept, that is an error if ``is_needed``, else a warning: checkpoints may lie in a folder of
+    someone else's.
+    """
     if folder is None:
         return {name: x.to(device) for name, x in made}
     file = weights_cache.cache_path(folder, stem, facts)
@@ -412,7 +469,10 @@ def _cached(
         weights_cache.write(file, state, facts)
     except OSError as error:
         advice = "name a folder that can be written to, cache=..., or none, cache=False"
-        raise OSError(f"the converted weights cannot be kept as {file} ({error}): {advice}") from error
+        message = f"the converted weights cannot be kept as {file} ({error}): {advice}"
+        if is_needed:
+            raise OSError(message) from error
+        warnings.warn(f"{message}; this time they are used as they are", stacklevel=3)
     return {name: state.pop(name).to(device) for name in list(state)}
 
 

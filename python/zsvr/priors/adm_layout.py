@@ -137,6 +137,8 @@ def infer_layout(shapes: Shapes) -> ADMLayout:
     time_channels = read.size("time_embed.0.weight", 0, 2)
     base = read.size("time_embed.0.weight", 1, 2)
     inputs, outputs = read.count("input_blocks"), read.count("output_blocks")
+    if inputs and not outputs:
+        raise ValueError("the network has input blocks and no output blocks: it is a classifier, and no prior")
     if read.missing:
         some = ", ".join(list(shapes)[:3]) or "nothing"
         raise ValueError(

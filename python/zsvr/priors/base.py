@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
+
+
+def sides(size: int | Sequence[int]) -> tuple[int, int]:
+    """Return height and width in pixels of one side, or of a pair of them.
+
+    Raises:
+        ValueError: it is neither, or not positive.
+    """
+    pair: list[Any] = list(size) if isinstance(size, list | tuple) else [size, size]
+    if len(pair) != 2 or not all(isinstance(n, int) and n > 0 for n in pair):
+        raise ValueError(f"size must be a side in pixels, or (height, width), whole and positive; got {size!r}")
+    return pair[0], pair[1]
 
 
 class Prior(abc.ABC):

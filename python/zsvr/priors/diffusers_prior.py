@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zsvr import pretrained
 from zsvr.files import hash_file, hash_tensors
 from zsvr.priors import text
-from zsvr.priors.base import Prior
+from zsvr.priors.base import Prior, sides
 from zsvr.schedule import alphas_bar_from_config
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
+SCHEDULE = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas", "rescale_betas_zero_snr")
 SMALLEST_LEVEL = 2.0**-24  # abar of a schedule that ends in pure noise, so that x0 can be divided by its root
 
 _SD_BLOCKS = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
@@ -75,6 +77,7 @@ class _DiffusersPrior(Prior):
         self.learns_variance = self._has_variance and schedule.get("variance_type") != "learned"
         self.expected_count = expected_count(model.config)
         self._facts = facts
+        self._schedule = {name: schedule[name] for name in SCHEDULE if name in schedule}
 
     def _split(self, out: Tensor, x: Tensor, step: int) -> tuple[Tensor, Tensor | None]:
         """Return noise and variance fraction from the output for one branch."""
@@ -100,6 +103,7 @@ class _DiffusersPrior(Prior):
             **self._facts,
             "sha256": self._hashes,
             "prediction": self.prediction,
+            "schedule": self._schedule,
             "size": list(self.size),
             "config": json.loads(json.dumps(config, default=str)),
         }
@@ -167,10 +171,12 @@ class LatentPrior(_DiffusersPrior):
             raise ValueError(
                 f"conditioning by {config.addition_embed_type or config.encoder_hid_dim_type!r} is unknown"
             )
+        if config.time_cond_proj_dim is not None:
+            raise ValueError("the network is told its guidance (time_cond_proj_dim): a distilled one, and no prior")
         if vae.config.latent_channels != self.channels:
             raise ValueError(f"the VAE has {vae.config.latent_channels} latent channels, the U-Net {self.channels}")
-        if vae_frames < 1:
-            raise ValueError(f"vae_frames must be at least 1, got {vae_frames}")
+        if not isinstance(vae_frames, int) or vae_frames < 1:
+            raise ValueError(f"vae_frames must be a whole number, at least 1, got {vae_frames!r}")
         self.vae = vae
         self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.multiple = self.factor
@@ -217,14 +223,23 @@ class LatentPrior(_DiffusersPrior):
         parts = (x.to(self.vae.dtype) / scale + shift).split(self.vae_frames)
         return torch.cat([self.vae.decode(part).sample for part in parts]).to(x.dtype)
 
-    def _latent_map(self) -> tuple[float, float]:
-        config = self.vae.config
-        return float(config.scaling_factor), float(getattr(config, "shift_factor", None) or 0.0)
+    def _latent_map(self) -> tuple[float | Tensor, float | Tensor]:
+        """Return scale and shift of ``x = (z - shift) * scale``; some VAEs have a mean and a deviation per channel."""
+        config, scale = self.vae.config, float(self.vae.config.scaling_factor)
+        mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+        if mean is None or std is None:
+            return scale, float(getattr(config, "shift_factor", None) or 0.0)
+        weight = next(self.vae.parameters())
+        mean, std = (torch.tensor(v, dtype=weight.dtype, device=weight.device)[:, None, None] for v in (mean, std))
+        return scale / std, mean
 
     def describe(self) -> dict[str, Any]:
-        """As other priors; also guidance, and remarks on the text conditioning."""
+        """As other priors; also hashes of the VAE and the embedded prompts, guidance, and remarks on the prompts."""
+        c = self._condition
         return {
             **super().describe(),
+            "vae_sha256": hash_tensors(self.vae.state_dict()),
+            "text_sha256": hash_tensors({"tokens": c.tokens, **({} if c.pooled is None else {"pooled": c.pooled})}),
             "guidance_scale": self.guidance_scale,
             "branches": self.branches,
             "remarks": list(self._condition.remarks),
@@ -269,14 +284,16 @@ def open_diffusers(
         label: class to restore towards, of class-conditional pixel models.
         prediction: ``"epsilon"``, ``"v_prediction"`` or ``"sample"``, instead of what the scheduler says.
         size: pixels of the training images, a side or (height, width), where the configuration does not say.
-        variant: of the weight files, as in ``diffusion_pytorch_model.fp16.safetensors``.
+        variant: of the U-Net's weight files, as in ``diffusion_pytorch_model.fp16.safetensors``; of the others' too,
+            where they have it.
         vae_frames: frames that the VAE takes at once.
         dtype: of the U-Net: float32, float16 or bfloat16. The VAE computes in float32.
         device: of the networks. Text encoders run once, on the CPU, and are let go.
 
     Raises:
         FileNotFoundError: a folder or file is missing, which one the message says.
-        ValueError: a network that is no prior of images; a prompt without a text encoder; other wrong options.
+        ValueError: a network that is no prior of images, or whose weights are damaged or not all there; a prompt
+            without a text encoder; other wrong options.
 
     Example:
         >>> prior = open_diffusers("stable-diffusion-2-1-base", prompt="a sharp photo", guidance_scale=3.0)
@@ -287,12 +304,11 @@ def open_diffusers(
     unet = _component(root, "unet", "config.json")
     schedule = _json(_component(root, "scheduler", "scheduler_config.json") / "scheduler_config.json")
     kind = _json(unet / "config.json").get("_class_name")
-    loading = {"local_files_only": True, "variant": variant}
     facts = {"path": str(root), "unet": str(unet), "dtype": str(dtype).removeprefix("torch."), "variant": variant}
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
     if kind == "UNet2DModel":
-        if "vqvae" in index or "vae" in index:
+        if any(name in index or (root / name).is_dir() for name in ("vqvae", "vae")):
             raise ValueError(
                 f"{root} is an unconditional latent model, which is not supported: only text-conditional are"
             )
@@ -300,7 +316,7 @@ def open_diffusers(
             raise ValueError(f"{root} is a pixel model: it takes no prompt and no guidance")
         from diffusers import UNet2DModel
 
-        pixel = _load(UNet2DModel, unet, dtype, device, loading)
+        pixel = pretrained.load(UNet2DModel, unet, dtype, variant=variant).to(device)
         facts["kind"] = "diffusers pixel"
         return PixelPrior(pixel, schedule, size=size, prediction=prediction, label=label, facts=facts)
     if kind != "UNet2DConditionModel":
@@ -313,13 +329,13 @@ def open_diffusers(
         raise ValueError(f"{vae_folder} holds a {vae_kind}, expected an AutoencoderKL")
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
-    latent = _load(UNet2DConditionModel, unet, dtype, device, loading)
-    condition = _condition(root, latent.config, index, prompt, negative_prompt, guidance_scale)
-    vae = _load(AutoencoderKL, vae_folder, torch.float32, device, loading)
+    latent = pretrained.load(UNet2DConditionModel, unet, dtype, variant=variant).to(device)
+    condition = _condition(root, latent.config, index, prompt, negative_prompt, guidance_scale, variant)
+    vae = pretrained.load(AutoencoderKL, vae_folder, torch.float32, variant=variant, is_variant_needed=False)
     facts |= {"kind": "diffusers latent", "prompt": prompt or "", "negative_prompt": negative_prompt}
     return LatentPrior(
         latent,
-        vae,
+        vae.to(device),
         schedule,
         condition,
         size=size,
@@ -337,11 +353,23 @@ def _condition(
     prompt: str | None,
     negative_prompt: str | None,
     guidance_scale: float,
+    variant: str | None,
 ) -> text.TextCondition:
+    if not isinstance(guidance_scale, int | float) or not math.isfinite(guidance_scale):
+        raise ValueError(f"guidance_scale must be a finite number, got {guidance_scale!r}")
+    for words in (prompt, negative_prompt):
+        if not isinstance(words, str | None):
+            raise ValueError(f"prompt and negative_prompt must be text, got {words!r}")
     branches = 1 if guidance_scale == 1 else 2
     if (root / "text_encoder").is_dir() or (root / "text_encoder_2").is_dir():
+        if negative_prompt and branches == 1:
+            raise ValueError(
+                "a negative_prompt does nothing without guidance: give guidance_scale above 1, or leave it out"
+            )
         fills = bool(index.get("force_zeros_for_empty_prompt", True))
-        return text.encode(root, config, prompt or "", negative_prompt, branches, zeros_for_no_negative=fills)
+        return text.encode(
+            root, config, prompt or "", negative_prompt, branches, zeros_for_no_negative=fills, variant=variant
+        )
     if prompt or negative_prompt or branches == 2:
         raise ValueError(
             f"{root} has no text_encoder, so there are no prompts and no guidance: leave prompt, negative_prompt and "
@@ -353,14 +381,13 @@ def _condition(
 def _sides(size: Any) -> tuple[int, int]:
     if size is None:
         raise ValueError("the configuration does not say the size of the training images (sample_size): give size=...")
-    height, width = (size, size) if isinstance(size, int) else size
-    return int(height), int(width)
+    return sides(size)
 
 
 def _json(path: pathlib.Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # no JSON, or no text
         raise ValueError(f"{path} is no JSON: {error}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} must hold an object, got {type(found).__name__}")
@@ -378,17 +405,3 @@ def _component(root: pathlib.Path, name: str, config: str) -> pathlib.Path:
     raise FileNotFoundError(
         f"{root} is no diffusers folder with a {name}: no {' and no '.join(str(p / config) for p in places)}"
     )
-
-
-def _load(kind: Any, folder: pathlib.Path, dtype: torch.dtype, device: torch.device | str, options: Any) -> Any:
-    stem = "diffusion_pytorch_model"
-    files = [p.name for p in folder.iterdir() if p.name.startswith(stem) and p.suffix in (".safetensors", ".bin")]
-    if not files:
-        raise FileNotFoundError(f"{folder} has no weights ({stem}.safetensors or .bin)")
-    variants = sorted({parts[1] for name in files if len(parts := name.split(".")) == 3 and "-of-" not in name})
-    if options["variant"] is None and not any(len(n.split(".")) == 2 for n in files):
-        raise FileNotFoundError(
-            f"{folder} has weights of the variants {variants} only: name one, variant={variants[0]!r}"
-        )
-    model = kind.from_pretrained(str(folder), torch_dtype=dtype, **options)
-    return model.to(device).eval().requires_grad_(False)

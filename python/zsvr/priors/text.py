@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zsvr import pretrained
+
 ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection")
+VOCABULARIES = (("vocab.json", "merges.txt"), ("tokenizer.json",))
 LENGTH = 77  # tokens of a prompt, where no tokenizer says
 
 
@@ -57,6 +60,7 @@ def encode(
     branches: int,
     *,
     zeros_for_no_negative: bool = True,
+    variant: str | None = None,
 ) -> TextCondition:
     """Encode a prompt with the text encoders of a folder, and before it the negative one if there are two branches.
 
@@ -66,17 +70,18 @@ def encode(
         prompt, negative_prompt: may be empty.
         branches: 1 or 2.
         zeros_for_no_negative: SDXL's embeddings of a negative prompt that is not given are zeros.
+        variant: of the encoders' weights, where they have it.
 
     Raises:
-        FileNotFoundError: an encoder without its tokenizer.
-        ValueError: an encoder of another kind, or of another width.
+        FileNotFoundError: an encoder without its weights, or without its tokenizer or the files of it.
+        ValueError: an encoder of another kind, of another width, or whose weights are damaged or not all there.
     """
     is_xl = config.get("addition_embed_type") == "text_time"
     suffixes = [s for s in ("", "_2") if (root / f"text_encoder{s}").is_dir()]
     texts = [prompt] if branches == 1 else [negative_prompt or "", prompt]
     tokens, pooled, remarks = [], None, []
     for suffix in suffixes:
-        hidden, projected, cut = _encode_with(root, suffix, texts, is_xl)
+        hidden, projected, cut = _encode_with(root, suffix, texts, is_xl, variant)
         remarks += [remark for remark in cut if remark not in remarks]
         tokens.append(hidden)
         pooled = projected if projected is not None else pooled
@@ -95,7 +100,7 @@ def encode(
 
 
 def _encode_with(
-    root: pathlib.Path, suffix: str, texts: list[str], is_xl: bool
+    root: pathlib.Path, suffix: str, texts: list[str], is_xl: bool, variant: str | None
 ) -> tuple[Tensor, Tensor | None, list[str]]:
     """Return token embeddings, the pooled one, and remarks on what was cut off."""
     import transformers
@@ -103,14 +108,23 @@ def _encode_with(
     folder, vocabulary = root / f"text_encoder{suffix}", root / f"tokenizer{suffix}"
     if not vocabulary.is_dir():
         raise FileNotFoundError(f"{folder} needs its tokenizer, {vocabulary}")
+    if not any(all((vocabulary / name).is_file() for name in names) for names in VOCABULARIES):
+        raise FileNotFoundError(
+            f"{vocabulary} has no vocabulary: expected {' or '.join(map(' and '.join, VOCABULARIES))}"
+        )
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} has no config.json")
-    name = (json.loads((folder / "config.json").read_text()).get("architectures") or ["CLIPTextModel"])[0]
+    try:
+        name = (json.loads((folder / "config.json").read_text()).get("architectures") or ["CLIPTextModel"])[0]
+    except ValueError as error:  # no JSON, or no text
+        raise ValueError(f"{folder / 'config.json'} is no JSON: {error}") from error
     if name not in ENCODERS:
         raise ValueError(f"{folder} holds a {name}; text encoders that are supported: {', '.join(ENCODERS)}")
     tokenizer = transformers.CLIPTokenizer.from_pretrained(str(vocabulary), local_files_only=True)
-    encoder = getattr(transformers, name).from_pretrained(str(folder), local_files_only=True, dtype=torch.float32)
-    encoder.eval()
+    kind = getattr(transformers, name)
+    encoder = pretrained.load(
+        kind, folder, torch.float32, variant=variant, is_variant_needed=False, has_other_parts=True
+    )
     length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
     batch = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     mask = batch.attention_mask if getattr(encoder.config, "use_attention_mask", False) else None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,8 +37,9 @@ def write(path: pathlib.Path, tensors: Mapping[str, Tensor], facts: Mapping[str,
     """Write the weights; the path holds the old file or the whole new one at any time.
 
     Raises:
-        OSError: the folder cannot be written to.
+        OSError: the folder cannot be written to, or the disk is full; nothing is left behind.
     """
+    import safetensors
     import safetensors.torch
 
     whole = {name: x.detach().cpu().contiguous() for name, x in sorted(tensors.items())}
@@ -48,7 +51,11 @@ def write(path: pathlib.Path, tensors: Mapping[str, Tensor], facts: Mapping[str,
         with partial.open("xb"):  # the library's own error for a folder that cannot be written to names no file
             pass
         mode = partial.stat().st_mode
-        safetensors.torch.save_file(whole, str(partial), metadata)
+        try:
+            safetensors.torch.save_file(whole, str(partial), metadata)
+        except safetensors.SafetensorError as error:  # a full disk's too
+            number = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(number[1]) if number else errno.EIO, str(error)) from error
         partial.chmod(mode)  # the library makes it readable for its owner alone
 
 
@@ -56,7 +63,7 @@ def read(path: pathlib.Path, facts: Mapping[str, Any], device: torch.device | st
     """Return the weights that `write` wrote for the same facts, tensor by tensor onto the device.
 
     Raises:
-        DamagedCacheError: it is another file, for other facts, cut short, or a bit has changed.
+        DamagedCacheError: it cannot be read, is another file, for other facts, cut short, or a bit has changed.
     """
     import safetensors
 
@@ -71,7 +78,7 @@ def read(path: pathlib.Path, facts: Mapping[str, Any], device: torch.device | st
                 x = file.get_tensor(name)
                 _add(digest, name, x)
                 result[name] = x.to(device)
-    except safetensors.SafetensorError as error:
+    except (safetensors.SafetensorError, OSError) as error:
         raise DamagedCacheError(f"{path} cannot be read: {error}") from error
     if metadata.get("sha256") != digest.hexdigest():
         raise DamagedCacheError(f"{path} holds other bytes than were written")

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zsvr import pretrained
+
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, where a folder does not say
 STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -90,8 +92,8 @@ def open_clip_encoder(
         dtype, device: of the network.
 
     Raises:
-        FileNotFoundError: no such folder, or it has no ``config.json``.
-        ValueError: it holds another kind of model, or weights of the image side are missing.
+        FileNotFoundError: no such folder, or it has no ``config.json`` or no weights.
+        ValueError: it holds another kind of model, or weights of the image side are damaged or missing.
     """
     folder = pathlib.Path(path)
     if not (folder / "config.json").is_file():
@@ -107,18 +109,8 @@ def open_clip_encoder(
         config.projection_dim = both.projection_dim
     else:
         config = transformers.CLIPVisionConfig.from_pretrained(str(folder), local_files_only=True)
-    verbosity = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.set_verbosity_error()  # it would list the text side's weights, which are left out
-    try:
-        loaded: Any = transformers.CLIPVisionModelWithProjection.from_pretrained(
-            str(folder), config=config, local_files_only=True, dtype=dtype, output_loading_info=True
-        )
-    finally:
-        transformers.utils.logging.set_verbosity(verbosity)
-    model, report = loaded
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise ValueError(f"{folder} lacks weights of the image encoder: {', '.join(missing)}")
+    encoder = transformers.CLIPVisionModelWithProjection
+    model = pretrained.load(encoder, folder, dtype, config=config, has_other_parts=True)  # the text side is left out
     side = int(model.config.image_size)
     preprocessor = folder / "preprocessor_config.json"
     facts = json.loads(preprocessor.read_text()) if preprocessor.is_file() else {}
