@@ -100,7 +100,9 @@ def parser() -> argparse.ArgumentParser:
     restore = command("restore", "Restore a degraded clip.")
     restore.add_argument("input", help="video or folder of pictures")
     restore.add_argument("output", help=".mp4, .mkv, .webm, .gif, or a folder of PNG (no suffix)")
-    restore.add_argument("--prior", required=True, help="ADM checkpoint (.pt, .safetensors) or diffusers folder")
+    restore.add_argument("--prior", default="adm256",
+                         help="ADM checkpoint (.pt, .safetensors), diffusers folder, or a name; default: adm256, "
+                         "256x256_diffusion_uncond.pt in $ZSVR_WEIGHTS, ~/.cache/zsvr or here")  # fmt: skip
     restore.add_argument("--prior-option", type=_assignment, action="append", default=[], metavar="NAME=VALUE",
                          help="of the checkpoint, such as qkv_order=new; may be repeated")  # fmt: skip
     _operator_arguments(restore)

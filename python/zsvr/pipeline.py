@@ -86,7 +86,7 @@ class Job:
 def restore(
     source: Path | Tensor,
     *,
-    prior: Prior | Path,
+    prior: Prior | Path = "adm256",
     prior_options: Mapping[str, Any] | None = None,
     task: str | None = None,
     operator: Operator | Mapping[str, Any] | None = None,
@@ -115,7 +115,8 @@ def restore(
     Args:
         source: a video or folder of pictures, or frames ``[T, 3, H, W]`` in [0, 1]. A video that `zsvr degrade` wrote,
             without ``task`` and ``operator``: its exact measurement and operator, which are beside it.
-        prior: an opened prior, or what `zsvr.priors.open` takes, with ``prior_options``.
+        prior: an opened prior, or what `zsvr.priors.open` takes, with ``prior_options``; ``"adm256"`` is the published
+            256 x 256 network.
         task: of `zsvr.operators.make`: "denoise", "sr", "deblur", "inpaint", "colorize", "lowlight", or an operator's
             name.
         operator: its arguments, or an operator.
@@ -148,7 +149,7 @@ def restore(
     (arXiv 2407.01960).
 
     Example:
-        >>> result = zsvr.restore("noisy.mp4", prior="256x256_diffusion_uncond.pt", task="denoise", noise_std=0.1)
+        >>> result = zsvr.restore("noisy.mp4", task="denoise", noise_std=0.1)
         >>> zsvr.video.write("restored.mp4", result.frames, rate=result.rate, sound=result.sound)
     """
     job = open_job(
@@ -163,7 +164,7 @@ def restore(
 def open_job(
     source: Path | Tensor,
     *,
-    prior: Prior | Path,
+    prior: Prior | Path = "adm256",
     prior_options: Mapping[str, Any] | None = None,
     task: str | None = None,
     operator: Operator | Mapping[str, Any] | None = None,

@@ -228,3 +228,12 @@ def test_networks_of_metrics_are_opened_from_files(tmp_path, capsys):
     assert found["lpips"] > 0 and found["tlpips"] > 0 and "tLPIPS" in capsys.readouterr().out
     for option in ("--i3d", "--inception", "--clip"):
         assert run(*compared, option, tmp_path / "nothing") == 1 and "nothing" in capsys.readouterr().err
+
+
+def test_a_prior_by_name_that_is_nowhere_is_an_error_that_says_where_to_put_it(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ZSVR_WEIGHTS", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    status = run("restore", folder / "clean.mkv", tmp_path / "out.mkv", "--task", "denoise", "--sigma", 0.1)
+    said = capsys.readouterr().err
+    assert status == 1 and "256x256_diffusion_uncond.pt" in said and str(tmp_path) in said, said

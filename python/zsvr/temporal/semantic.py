@@ -71,8 +71,10 @@ class SemanticEncoder:
 
     def __call__(self, u: Tensor) -> Tensor:
         weight = next(self.model.parameters(), u)
-        pixels = resize_bicubic(u, self.size).to(weight.dtype)
-        mean, std = (torch.tensor(v, dtype=pixels.dtype, device=u.device)[:, None, None] for v in (self.mean, self.std))
+        pixels = resize_bicubic(u, self.size).to(weight)
+        mean, std = (
+            torch.tensor(v, dtype=pixels.dtype, device=pixels.device)[:, None, None] for v in (self.mean, self.std)
+        )
         pixels = (pixels - mean) / std
         model: Any = self.model
         if hasattr(model, "get_image_features"):
