@@ -135,7 +135,7 @@ def restore(
         device, dtype: of the network; None: a GPU if there is one. ``"fp32"``, ``"bf16"``, ``"fp16"``. A prior that
             is open already stays where it is, as it is.
         compile: compile the network with torch.compile.
-        expected_count: attention layers that the network must have; None: what is known of the prior.
+        expected_count: attention layers that are to be replaced; None: what is known of the prior.
         callback: called after every sampling operation.
 
     Returns:

@@ -82,7 +82,7 @@ class Restoration:
         flow: of the clip on its canvas, checked; needed where ``temporal.needs_flow`` and there is more than one frame.
         seed: 0..2^63-1, of all noise.
         first: number of the first frame in the whole video; noise belongs to frames by number.
-        expected_count: how many attention layers the network must have; None: what the prior says.
+        expected_count: how many attention layers are replaced; None: what the prior says, where all are.
         encoder: image encoder of the semantic level of guidance.
         reestimate: gives the flow of frames ``[T, 3, Hc, Wc]`` in [0, 1], for ``flow.refresh_every``.
 
@@ -110,7 +110,7 @@ class Restoration:
         self.temporal = Temporal() if temporal is None else temporal
         self.sampling = Sampling() if sampling is None else sampling
         self.seed, self.first, self.encoder, self.reestimate = seed, first, encoder, reestimate
-        self.expected_count = prior.expected_count if expected_count is None else expected_count
+        self.expected_count = expected_count
         if y.dim() != 4 or not len(y):
             raise ValueError(f"measurements must be [T, C, H, W] with at least one frame, got {tuple(y.shape)}")
         if not bool(torch.isfinite(y).all()):
@@ -263,7 +263,9 @@ class _Window:
                 options, default = self.context.options, zk.SLROptions()
                 names = ("layers", "stages", "min_tokens", "max_tokens")
                 takes_all = all(getattr(options, name) == getattr(default, name) for name in names)
-                count = clip.expected_count if takes_all else None
+                count = clip.expected_count
+                if count is None and takes_all:
+                    count = clip.prior.expected_count
                 patch = zk.patched(model, self.context, expected_count=count)
                 clip.patch = stack.enter_context(patch)
             yield

@@ -268,6 +268,9 @@ def test_an_expected_count_that_is_not_met_is_an_error(prior):
     job = pipeline.open_job(moving(2), prior=prior, expected_count=5, **COMMON)
     with pytest.raises(RuntimeError, match="expected 5"):
         job.start()
+    some = Temporal.preset("paper", {"attention.layers": ["up_blocks*"]})
+    with pytest.raises(RuntimeError, match="expected 7"):
+        pipeline.open_job(moving(2), prior=prior, temporal=some, expected_count=7, **COMMON).start()
 
 
 def test_the_config_names_the_device(prior, monkeypatch):
