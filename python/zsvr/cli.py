@@ -126,7 +126,7 @@ def parser() -> argparse.ArgumentParser:
     running.add_argument("--device", help="cuda, cuda:1, cpu; default: a GPU if there is one")
     running.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32")
     running.add_argument("--expected-count", type=int,
-                         help="attention layers that are to be replaced, if not what is known of the network")  # fmt: skip
+                         help="attention layers to be replaced, if not what is known of the network")  # fmt: skip
     running.add_argument("--compile", action="store_true", help="compile the network with torch.compile")
     running.add_argument("--run", help="folder that keeps config, flow, frames and metrics")
     running.add_argument("--lossless", action="store_true", help="write RGB that reads back bit-exactly")

@@ -247,8 +247,7 @@ def open_job(
     options = settings.to_dict() | {
         "host": method.describe(), "noise_std": noise_std, "mode": mode, "data.prepare": prepare, "start": start,
         "stop": stop, "compile": compile, "expected_count": expected_count, "prior.options": given,
-        "sampler.steps": schedule.steps,
-        "sampler.spacing": schedule.spacing, "sampler.travel": list(schedule.travel),
+        "sampler.steps": schedule.steps, "sampler.spacing": schedule.spacing, "sampler.travel": list(schedule.travel),
         "latent.host": schedule.latent_host, "latent.every": schedule.latent_every,
         "dtype": "as opened" if isinstance(prior, Prior) else dtype,
     }  # fmt: skip
