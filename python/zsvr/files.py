@@ -122,9 +122,9 @@ def new_folder(path: Path, *, overwrite: bool = False, replaceable: tuple[str, .
 
 
 def write_text(path: Path, text: str, *, overwrite: bool = False) -> None:
-    """Write a text file in UTF-8, whole or not at all."""
+    """Write a text file in UTF-8 (names of files that are none: their bytes), whole or not at all."""
     with new_file(path, overwrite=overwrite) as partial:
-        partial.write_text(text, encoding="utf-8", newline="\n")
+        partial.write_text(text, encoding="utf-8", errors="surrogateescape", newline="\n")
 
 
 def to_json(value: Any) -> str:
@@ -138,7 +138,7 @@ def to_json(value: Any) -> str:
 
 def hash_json(value: Any) -> str:
     """Return the SHA-256 of `to_json`, as hex."""
-    return hashlib.sha256(to_json(value).encode()).hexdigest()
+    return hashlib.sha256(to_json(value).encode(errors="surrogateescape")).hexdigest()
 
 
 def hash_file(path: Path) -> str:

@@ -206,8 +206,8 @@ class Run:
 
 def _read_json(file: pathlib.Path) -> Any:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return json.loads(file.read_text(encoding="utf-8", errors="surrogateescape"))
+    except json.JSONDecodeError as error:
         raise ValueError(f"{file} is damaged: {error}") from error
 
 

@@ -175,6 +175,19 @@ def test_hashes_tell_names_types_shapes_and_bytes_apart(tmp_path):
     assert files.hash_file(tmp_path / "d") != one
 
 
+def test_names_that_are_no_utf8_are_recorded_and_hashed(tmp_path):
+    name = os.fsdecode(b"caf\xe9.png")
+    run = runs.Run.create(tmp_path / "run", settings(path=name), command=["zsvr", "restore", name])
+    assert runs.Run.create(tmp_path / "run", settings(path=name)).id == run.id
+    assert runs.Run.load(tmp_path / "run").config["options"]["path"] == name
+    assert (tmp_path / "run" / "command.txt").read_bytes() == b"zsvr restore 'caf\xe9.png'\n"
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / name).write_bytes(b"1")
+    one = files.hash_file(tmp_path / "folder")
+    (tmp_path / "folder" / name).rename(tmp_path / "folder" / "cafe.png")
+    assert files.hash_file(tmp_path / "folder") != one
+
+
 def test_importing_needs_none_of_the_packages_that_are_used_inside():
     script = (
         "import sys, zsvr.degrading, zsvr.encoders, zsvr.metrics, zsvr.runs, zsvr.video\n"
