@@ -6,10 +6,11 @@ import errno
 import os
 import pathlib
 import re
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -23,8 +24,9 @@ DEMUXERS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpeg,mpegts,ogg,flv,asf,y4m,yuv4mpegpipe,ivf,nut,mxf,"
     "png_pipe,jpeg_pipe,bmp_pipe,tiff_pipe,webp_pipe,webp,apng"
 )
+JPEG = b"\xff\xd8\xff"
 FOLDER_RATE = Fraction(24)
-VARIABLE = 0.2  # spacing of frames may differ this much from the median, or by 2 ms, before the rate counts as variable
+VARIABLE = 0.2  # spacing may differ this much from the median, frames be half a frame (or 2 ms) off an even rate
 
 
 class TruncatedVideoError(ValueError):
@@ -126,6 +128,29 @@ def pictures(folder: pathlib.Path) -> list[pathlib.Path]:
     return sorted(found, key=_natural)
 
 
+def _ends_early(jpeg: bytes) -> bool:
+    """Return whether the first picture of a JPEG file lacks its end marker, going from marker to marker."""
+    at = 2
+    while (at := jpeg.find(b"\xff", at)) >= 0 and at + 1 < len(jpeg):
+        marker = jpeg[at + 1]
+        if marker == 0xD9:
+            return False
+        if marker == 0xFF:  # filling
+            at += 1
+        elif marker == 0 or 0xD0 <= marker <= 0xD7:  # inside of coded data
+            at += 2
+        else:
+            at += 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
+    return True
+
+
+class _Unnamed:
+    """A file for PyAV that keeps its name to itself: FFmpeg would take some names for patterns of other files."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.read, self.seek, self.tell = file.read, file.seek, file.tell
+
+
 class _Source:
     """An open video file or picture; use as a context manager."""
 
@@ -134,10 +159,16 @@ class _Source:
 
         self.path = path
         self.container: Any
-        size = path.stat().st_size
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for, a device never ends
+            raise ValueError(f"{path} is no regular file: a video or picture is read from one")
+        size = status.st_size
         self._file = open(path, "rb")  # noqa: SIM115
         try:
-            self.container = av.open(self._file, options={"format_whitelist": DEMUXERS})
+            self._is_jpeg = self._file.read(3) == JPEG  # FFmpeg does not know a large one by its beginning
+            self._file.seek(0)
+            kind = "jpeg_pipe" if self._is_jpeg else None
+            self.container = av.open(_Unnamed(self._file), format=kind, options={"format_whitelist": DEMUXERS})
         except BaseException as error:
             self._file.close()
             is_seek = isinstance(error, OSError) and error.errno == errno.EINVAL  # to before the start of a tiny file
@@ -154,6 +185,14 @@ class _Source:
             self.close()
             raise ValueError(f"{path} has no video stream: it holds {kinds}")
         self.stream = streams[0]
+        self.fault: str | None = None
+        self.mirroring = 0
+        if self.container.format.name.endswith("_pipe"):
+            data = path.read_bytes()
+            self.mirroring = colour.exif_mirroring(data)
+            if self._is_jpeg:  # what is missing would be grey, unheard
+                self.fault = "its end is missing" if _ends_early(data) else None
+                self.stream.codec_context.options = {"err_detect": "explode"}
 
     def __enter__(self) -> _Source:
         return self
@@ -178,7 +217,10 @@ class _Source:
         return None if seconds is None else max(1, round(seconds * self.rate))
 
     def duration(self) -> float | None:
-        """Return the seconds the video stream says it lasts."""
+        """Return the seconds the video stream says it lasts; Matroska's count from the start of the file, not its own.
+
+        Such a stream that begins late may therefore seem longer than it is.
+        """
         if self.stream.duration and self.stream.time_base:
             return float(self.stream.duration * self.stream.time_base)
         match = re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", self.stream.metadata.get("DURATION", ""))
@@ -194,7 +236,8 @@ class _Source:
         """Yield decoded frames until the file ends or cannot be decoded; sets ``self.fault`` in that case."""
         import av
 
-        self.fault: str | None = None
+        if self.fault:
+            return
         try:
             for packet in self.container.demux(self.stream):
                 for frame in packet.decode():
@@ -202,6 +245,8 @@ class _Source:
                         self.fault = "a damaged frame"
                         return
                     yield frame
+                    if self._is_jpeg:  # others may follow: a thumbnail, another view
+                        return
         except av.FFmpegError as error:
             self.fault = f"{error.__class__.__name__}"
 
@@ -220,7 +265,7 @@ def probe(path: Path) -> VideoInfo:
     with _Source(files[0]) as opened:
         first = next(opened.decode(), None)
         if first is None:
-            raise ValueError(f"{source} holds no frames that can be decoded ({opened.fault or 'zero frames'})")
+            raise ValueError(f"{files[0]} holds no frames that can be decoded ({opened.fault or 'zero frames'})")
         turned = bool(first.rotation) and round(first.rotation / 90) % 2
         is_luma_chroma = colour.is_luma_chroma(first.format)
         return VideoInfo(
@@ -262,10 +307,12 @@ class _Decoding:
                     frame = next(source.decode(), None)
                     if frame is None:
                         raise ValueError(f"{file} cannot be decoded ({source.fault or 'it holds no picture'})")
+                    self._mirroring = source.mirroring
                     yield frame
             return
         found, last = 0, None
         with _Source(self.info.path) as source:
+            self._mirroring = source.mirroring
             self._note_shape(source)
             for frame in source.decode():
                 if found == self.stop:
@@ -301,7 +348,7 @@ class _Decoding:
             return None
         # Containers without a count of frames: how long the stream says it is.
         shown = max(float(1 / source.rate), float((last.duration or 0) * (last.time_base or 0)))
-        end = last.time - float(begin * source.stream.time_base) + shown
+        end = last.time + shown - (float(begin * source.stream.time_base) if source.stream.duration else 0)
         return f"it ends at {end:.2f} of {seconds:.2f} s" if seconds - end > 2.5 / source.rate else None
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, float | None, float | None]]:
@@ -311,7 +358,7 @@ class _Decoding:
         for n, frame in enumerate(self._frames()):
             if n < self.start:
                 continue
-            picture = colour.to_rgb(frame)
+            picture = colour.to_rgb(frame, self._mirroring)
             if picture.shape[1:] != size:
                 name = pictures(self.info.path)[n].name if self.info.is_folder else f"frame {n}"
                 got = f"{picture.shape[2]}x{picture.shape[1]}"
@@ -375,28 +422,39 @@ def read(
     info = decoding.info
     limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if max_bytes is None else max_bytes
     needed = info.nbytes(start, stop)
+    each = 12 * info.width * info.height
     if needed is not None and needed > limit:
-        fits = start + limit // (12 * info.width * info.height)
         raise MemoryError(
             f"{info.path}: frames {start} to {info.frames if stop is None else stop} of {info.width}x{info.height} "
-            f"need {needed / 1e9:.2f} GB as float32, more than {limit / 1e9:.2f} GB: read a range (stop={fits} fits)"
+            f"need {needed / 1e9:.2f} GB as float32, more than {limit / 1e9:.2f} GB: read a range "
+            f"(stop={start + limit // each} fits)"
         )
-    expected = info.frames if stop is None else stop
-    frames = torch.empty(max(1, (expected or 64) - start), 3, info.height, info.width)
+    count = min(64 if needed is None else needed // each, limit // each)
+    frames = torch.empty(max(1, count), 3, info.height, info.width)
     times: list[float | None] = []
     end = None
     for picture, time, end in decoding:  # noqa: B007
-        if len(times) == len(frames):
-            frames = torch.cat((frames, torch.empty_like(frames)))
+        if len(times) == len(frames):  # the file has more than it says
+            more = min(len(frames), limit // each - len(frames))
+            if more < 1:
+                raise MemoryError(
+                    f"{info.path}: more than {len(frames)} frames of {info.width}x{info.height} need more than "
+                    f"{limit / 1e9:.2f} GB as float32: read a range (stop={start + len(frames)} fits)"
+                )
+            frames = torch.cat((frames, frames.new_empty(more, *frames.shape[1:])))
         frames[len(times)] = torch.from_numpy(picture)
         times.append(time)
     frames = frames[: len(times)]
     known = [t for t in times if t is not None]
     rate, variable = _timing(known if len(known) == len(times) else [], info.rate)
     sound = None
-    if info.has_sound and known and end is not None:
-        sound = Sound(info.path, known[0], end)
+    if info.has_sound and known:
+        n = next(n for n, time in enumerate(times) if time is not None)  # MPEG files do not give every frame its time
+        begin = known[0] - float(n / rate)
+        sound = Sound(info.path, begin, begin + float(len(times) / rate) if end is None else end)
     notes = list(decoding.notes)
+    if info.has_sound and sound is None:
+        notes.append("the sound was dropped: nothing says when these frames are shown")
     if variable:
         notes.append(f"frames are not evenly spaced; their times are kept, {float(rate):.3f} per second on average")
     return Video(frames, rate, variable, info.depth, sound, tuple(notes))
@@ -407,12 +465,13 @@ def _timing(times: list[float], rate: Fraction) -> tuple[Fraction, tuple[float, 
     if len(times) < 2:
         return rate, None
     steps = np.diff(times)
+    if steps.min() <= 0:  # times that do not rise say nothing
+        return rate, None
     typical = float(np.median(steps))
     mean = (times[-1] - times[0]) / (len(times) - 1)
-    if typical <= 0 or steps.min() <= 0 or np.abs(steps - typical).max() > max(VARIABLE * typical, 0.002):
-        if steps.min() <= 0:  # times that do not rise say nothing
-            return rate, None
+    drift = np.abs(times[0] + mean * np.arange(len(times)) - times).max()
+    if np.abs(steps - typical).max() > max(VARIABLE * typical, 0.002) or drift > max(typical / 2, 0.002):
         return Fraction(1 / mean).limit_denominator(1001), tuple(t - times[0] for t in times)
-    if abs(mean * rate - 1) > 0.02:
+    if abs(mean * rate - 1) * (len(times) - 1) > 0.5:  # the last frame would be shown half a frame off
         rate = Fraction(1 / mean).limit_denominator(1001)
     return rate, None

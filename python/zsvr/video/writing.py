@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 import os
 import pathlib
@@ -19,6 +20,8 @@ from zsvr.video import colour
 from zsvr.video.reading import DEMUXERS, Sound
 
 MILLION = 1_000_000
+GIF_LEAST = 0.02  # seconds that a frame may last: players show what is shorter for 0.1
+LONGEST = 2000  # the same of others: mp4 counts microseconds in 31 bits
 
 
 @dataclass(frozen=True)
@@ -149,6 +152,10 @@ def check_target(path: Path, *, lossless: bool = False, depth: int = 8, overwrit
     return target
 
 
+def _steps(times: Sequence[float] | None) -> list[float]:
+    return [] if times is None else [b - a for a, b in itertools.pairwise(times)]
+
+
 def write(
     path: Path,
     frames: Tensor | Iterable[Tensor],
@@ -186,15 +193,21 @@ def write(
     if not target.suffix:
         return write_pictures(target, frames, depth=depth, overwrite=overwrite)
     container, encoding = _choose(target, lossless, depth)
+    if not 1e-4 <= float(rate) <= 1000:
+        raise ValueError(f"rate must be within 0.0001..1000 frames per second, got {rate}")
     exact = Fraction(rate).limit_denominator(100_000)
-    if not 0 < exact <= 1000:
-        raise ValueError(f"rate must be within 0..1000 frames per second, got {rate}")
-    if times is not None and any(b - a < 1e-6 for a, b in itertools.pairwise(times)):
-        raise ValueError("times must rise by a microsecond or more from frame to frame")
+    if not all(1e-6 <= step <= LONGEST for step in _steps(times)):
+        raise ValueError(f"times must rise by a microsecond or more, and by {LONGEST} s at most, from frame to frame")
+    notes = []
+    if container == "gif" and (least := min(_steps(times), default=1 / exact)) < GIF_LEAST * 0.999:
+        notes.append(f"it plays slower: a GIF's frames last {GIF_LEAST} s or more, these {float(least):.3g} s")
+        exact = min(exact, Fraction(round(1 / GIF_LEAST)))
+        if times is not None:
+            times = list(itertools.accumulate((max(step, GIF_LEAST) for step in _steps(times)), initial=0.0))
     with new_file(target, overwrite=overwrite) as partial:
         file = _Watched(partial)
         try:
-            return _encode(file, container, encoding, _pictures(frames), exact, times, sound, depth)
+            return (*notes, *_encode(file, container, encoding, _pictures(frames), exact, times, sound, depth))
         except BaseException as error:
             if file.error is not None and error is not file.error:
                 raise file.error from error
@@ -222,7 +235,7 @@ def _encode(
     if encoding.even and (height % 2 or width % 2):
         notes.append(f"padded from {width}x{height} to even sides")
         height, width = height + height % 2, width + width % 2
-    output = av.open(file, "w", format=container)
+    output = av.open(file, "w", format=container, options={"fflags": "bitexact"})  # else Matroska has random numbers
     try:
         stream: Any = output.add_stream(encoding.codec, rate=rate, options=encoding.options)
         stream.height, stream.width, stream.pix_fmt = height, width, encoding.pixels
@@ -234,6 +247,11 @@ def _encode(
             context.color_range = colour.STUDIO
         if times is not None:
             stream.codec_context.time_base = Fraction(1, 100 if container == "gif" else MILLION)
+        try:
+            stream.codec_context.open()
+        except av.FFmpegError as error:
+            reason = f"{encoding.codec} cannot encode frames of {width}x{height} ({error.strerror})"
+            raise ValueError(f"{reason}: choose another container") from error
         copy = contextlib.ExitStack()
         with copy:
             packets = _sound_packets(output, sound, copy, notes) if sound else iter(())
@@ -284,6 +302,24 @@ def _frame(picture: np.ndarray, size: tuple[int, int], pixels: str, depth: int) 
     return frame if pixels == "rgb24" else frame.reformat(format=pixels)
 
 
+def _refusal(sound: Sound, container: str) -> str | None:
+    """Return why a container cannot hold a file's sound, found by muxing its beginning, or None if it can."""
+    import av
+
+    with sound.path.open("rb") as file, av.open(file, options={"format_whitelist": DEMUXERS}) as source:
+        original = source.streams.audio[0]
+        try:
+            with av.open(io.BytesIO(), "w", format=container) as trial:
+                copied = trial.add_stream_from_template(original)
+                for packet in itertools.islice(source.demux(original), 8):
+                    if packet.dts is not None and packet.pts is not None:
+                        packet.stream = copied
+                        trial.mux(packet)
+        except (av.FFmpegError, ValueError):
+            return f"{container} cannot hold {original.codec_context.codec.canonical_name}"
+    return None
+
+
 def _sound_packets(output: Any, sound: Sound, stack: contextlib.ExitStack, notes: list[str]) -> Iterator[Any]:
     """Yield packets of the sound's range, shifted to start at 0, for streams added to ``output``."""
     import av
@@ -294,13 +330,13 @@ def _sound_packets(output: Any, sound: Sound, stack: contextlib.ExitStack, notes
         notes.append(f"{sound.path} has no sound to copy")
         return iter(())
     original = source.streams.audio[0]
+    refusal = _refusal(sound, output.format.name)
+    if refusal:
+        notes.append(f"the sound was dropped: {refusal}")
+        return iter(())
     if len(source.streams.audio) > 1:
         notes.append(f"of {len(source.streams.audio)} sound tracks the first was kept")
-    try:
-        copied = output.add_stream_from_template(original)
-    except ValueError as error:
-        notes.append(f"the sound was dropped: {error}")
-        return iter(())
+    copied = output.add_stream_from_template(original)
 
     def packets() -> Iterator[Any]:
         for packet in source.demux(original):
