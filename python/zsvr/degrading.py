@@ -125,7 +125,7 @@ def save(
         Notes for the user.
 
     Raises:
-        As `zsvr.video.write`; nothing is left behind.
+        As `zsvr.video.write`; nothing is left behind, or, if only the small files failed, the new video alone.
     """
     import safetensors.torch
 
@@ -136,14 +136,22 @@ def save(
         "sha256": hash_tensors(tensors),
     }  # fmt: skip
     check_free(path, overwrite=overwrite)
-    with contextlib.ExitStack() as files:  # the small files take their names only after the video has its own
-        partial = files.enter_context(new_file(values, overwrite=overwrite))
-        safetensors.torch.save_file(tensors, str(partial), {"facts": to_json(facts)})
-        operators.save(measurement.operator, files.enter_context(new_file(description, overwrite=overwrite)))
-        return write(
-            path, measurement.picture, rate=rate, times=times, sound=sound, lossless=True, depth=depth,
-            overwrite=overwrite,
-        )  # fmt: skip
+    notes = None
+    try:
+        with contextlib.ExitStack() as files:  # the small files take their names only after the video has its own
+            partial = files.enter_context(new_file(values, overwrite=overwrite))
+            safetensors.torch.save_file(tensors, str(partial), {"facts": to_json(facts)})
+            operators.save(measurement.operator, files.enter_context(new_file(description, overwrite=overwrite)))
+            notes = write(
+                path, measurement.picture, rate=rate, times=times, sound=sound, lossless=True, depth=depth,
+                overwrite=overwrite,
+            )  # fmt: skip
+    except BaseException:
+        if notes is not None:  # those of an older video would be taken for this one's
+            values.unlink(missing_ok=True)
+            description.unlink(missing_ok=True)
+        raise
+    return notes
 
 
 def load(path: Path) -> Measurement:

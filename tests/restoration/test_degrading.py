@@ -75,6 +75,39 @@ def test_nothing_is_overwritten_or_left_half_done(tmp_path, monkeypatch):
         assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
+@pytest.mark.parametrize("name", ["a.mkv", "a"])
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), KeyboardInterrupt()], ids=["full", "interrupted"])
+def test_a_fault_at_any_moment_leaves_no_measurement_beside_another_video(tmp_path, monkeypatch, name, call, error):
+    path, u = tmp_path / name, clean()
+    old = degrading.degrade(u, operators.make("denoise"), noise_std=0.1, seed=1)
+    new = degrading.degrade(1 - u, operators.make("sr_avg", scale=2), seed=2)
+    real, failures = getattr(os, call), 0
+    for fails_at in range(1, 6):
+        degrading.save(path, old, overwrite=True)
+        calls = iter(range(1, 20))
+
+        def fail(*arguments, calls=calls, fails_at=fails_at):
+            if next(calls) == fails_at:
+                raise error
+            return real(*arguments)
+
+        monkeypatch.setattr(os, call, fail)
+        try:
+            degrading.save(path, new, overwrite=True)
+        except type(error):
+            failures += 1
+        monkeypatch.setattr(os, call, real)
+        shown = video.read(path).frames
+        try:
+            exact = degrading.load(path)
+        except FileNotFoundError:
+            assert shown.shape == new.picture.shape and len(list(tmp_path.iterdir())) == 1
+        else:
+            assert torch.equal(shown, torch.floor(exact.picture * 255 + 0.5) / 255)
+    assert failures >= 3
+
+
 def test_damage_and_absence_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="was not made by degrading"):
         degrading.load(tmp_path / "a.mkv")
