@@ -104,6 +104,43 @@ def test_a_truncated_file_says_what_can_be_read(tmp_path, suffix, share):
     assert torch.equal(video.read(cut, stop=readable).frames, clip[:readable])
 
 
+@pytest.mark.parametrize("suffix", [".gif", ".mkv", ".webm"])
+def test_a_file_that_lacks_its_last_bytes_alone_is_noticed(tmp_path, suffix):
+    clip = noise(12, (32, 32))
+    video.write(tmp_path / f"a{suffix}", clip, lossless=suffix != ".gif", rate=25)
+    data, whole = (tmp_path / f"a{suffix}").read_bytes(), video.read(tmp_path / f"a{suffix}").frames
+    path = tmp_path / f"b{suffix}"
+    for size in (len(data) // 2, len(data) - 1):
+        path.write_bytes(data[:size])
+        with pytest.raises(video.TruncatedVideoError, match="ends early or is damaged") as caught:
+            video.read(path)
+        readable = caught.value.readable
+        assert 4 <= readable <= 7 if size < len(data) - 1 else readable >= 11
+        assert torch.equal(video.read(path, allow_truncated=True).frames, whole[:readable])
+        assert torch.equal(video.read(path, stop=readable).frames, whole[:readable])
+    path.write_bytes(data + bytes(100))
+    assert torch.equal(video.read(path).frames, whole)
+
+
+def test_gifs_of_other_programs_are_whole(tmp_path):
+    Image = pytest.importorskip("PIL.Image")
+    pages = [Image.fromarray(np.uint8(page.permute(1, 2, 0) * 255)) for page in noise(3, (20, 30))]
+    pages[0].save(tmp_path / "a.gif", save_all=True, append_images=pages[1:], duration=50, comment=b";,!" * 200, loop=1)
+    assert len(video.read(tmp_path / "a.gif").frames) == 3
+    one = pages[0].convert("P", palette=Image.Palette.ADAPTIVE)
+    one.save(tmp_path / "b.gif")
+    assert torch.equal(
+        video.read(tmp_path / "b.gif").frames[0] * 255,
+        torch.from_numpy(np.array(one.convert("RGB"))).permute(2, 0, 1).float(),
+    )
+
+
+def test_matroska_of_unknown_length_is_read(tmp_path):
+    clip = noise(5, (16, 16))
+    rgb(tmp_path / "a.mkv", clip, live="1")
+    assert torch.equal(video.read(tmp_path / "a.mkv").frames, clip)
+
+
 def test_a_file_whose_frames_are_all_missing_says_so(tmp_path):
     rgb(tmp_path / "a.mp4", noise(4, (32, 32)), movflags="faststart")
     data = (tmp_path / "a.mp4").read_bytes()

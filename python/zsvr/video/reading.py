@@ -17,14 +17,13 @@ import torch
 from torch import Tensor
 
 from zsvr.files import Path
-from zsvr.video import colour
+from zsvr.video import colour, endings
 
 # What may be opened: no playlists, which would lead to other files or to the network.
 DEMUXERS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpeg,mpegts,ogg,flv,asf,y4m,yuv4mpegpipe,ivf,nut,mxf,"
     "png_pipe,jpeg_pipe,bmp_pipe,tiff_pipe,webp_pipe,webp,apng"
 )
-JPEG = b"\xff\xd8\xff"
 FOLDER_RATE = Fraction(24)
 VARIABLE = 0.2  # spacing may differ this much from the median, frames be half a frame (or 2 ms) off an even rate
 
@@ -128,22 +127,6 @@ def pictures(folder: pathlib.Path) -> list[pathlib.Path]:
     return sorted(found, key=_natural)
 
 
-def _ends_early(jpeg: bytes) -> bool:
-    """Return whether the first picture of a JPEG file lacks its end marker, going from marker to marker."""
-    at = 2
-    while (at := jpeg.find(b"\xff", at)) >= 0 and at + 1 < len(jpeg):
-        marker = jpeg[at + 1]
-        if marker == 0xD9:
-            return False
-        if marker == 0xFF:  # filling
-            at += 1
-        elif marker == 0 or 0xD0 <= marker <= 0xD7:  # inside of coded data
-            at += 2
-        else:
-            at += 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
-    return True
-
-
 class _Unnamed:
     """A file for PyAV that keeps its name to itself: FFmpeg would take some names for patterns of other files."""
 
@@ -165,7 +148,8 @@ class _Source:
         size = status.st_size
         self._file = open(path, "rb")  # noqa: SIM115
         try:
-            self._is_jpeg = self._file.read(3) == JPEG  # FFmpeg does not know a large one by its beginning
+            beginning = self._file.read(6)
+            self._is_jpeg = beginning.startswith(endings.JPEG)  # FFmpeg does not know a large one by its beginning
             self._file.seek(0)
             kind = "jpeg_pipe" if self._is_jpeg else None
             self.container = av.open(_Unnamed(self._file), format=kind, options={"format_whitelist": DEMUXERS})
@@ -185,13 +169,15 @@ class _Source:
             self.close()
             raise ValueError(f"{path} has no video stream: it holds {kinds}")
         self.stream = streams[0]
-        self.fault: str | None = None
         self.mirroring = 0
-        if self.container.format.name.endswith("_pipe"):
+        self._whole: int | None = None  # frames of a file that ends early
+        if beginning.startswith(endings.GIF):
+            self._whole = endings.whole_gif_frames(path.read_bytes())
+        elif self.container.format.name.endswith("_pipe"):
             data = path.read_bytes()
             self.mirroring = colour.exif_mirroring(data)
             if self._is_jpeg:  # what is missing would be grey, unheard
-                self.fault = "its end is missing" if _ends_early(data) else None
+                self._whole = 0 if endings.jpeg_ends_early(data) else None
                 self.stream.codec_context.options = {"err_detect": "explode"}
 
     def __enter__(self) -> _Source:
@@ -227,7 +213,9 @@ class _Source:
         return None if match is None else sum(float(x) * s for x, s in zip(match.groups(), (3600, 60, 1), strict=True))
 
     def points_beyond_the_end(self) -> bool:
-        """Return whether the index names bytes that the file does not have."""
+        """Return whether the index, or the length that the file says it has, names bytes that it does not have."""
+        if self.container.format.name.startswith("matroska") and endings.matroska_ends_early(self.path):
+            return True
         size = self.path.stat().st_size
         entries = self.stream.index_entries
         return any(entry.pos + entry.size > size for entry in entries)
@@ -236,19 +224,22 @@ class _Source:
         """Yield decoded frames until the file ends or cannot be decoded; sets ``self.fault`` in that case."""
         import av
 
-        if self.fault:
-            return
+        self.fault: str | None = None
+        count = 0
         try:
             for packet in self.container.demux(self.stream):
                 for frame in packet.decode():
-                    if frame.is_corrupt:
-                        self.fault = "a damaged frame"
+                    if frame.is_corrupt or count == self._whole:
+                        self.fault = "a damaged frame" if frame.is_corrupt else "its end is missing"
                         return
+                    count += 1
                     yield frame
                     if self._is_jpeg:  # others may follow: a thumbnail, another view
                         return
         except av.FFmpegError as error:
             self.fault = f"{error.__class__.__name__}"
+        if count == self._whole:
+            self.fault = "its end is missing"
 
 
 def probe(path: Path) -> VideoInfo:
@@ -342,7 +333,7 @@ class _Decoding:
         if source.fault:
             return source.fault
         if source.points_beyond_the_end():
-            return "its index names bytes beyond its end"
+            return "it names bytes beyond its end"
         seconds, begin = source.duration(), source.stream.start_time
         if source.stream.frames or seconds is None or begin is None or last is None or last.time is None:
             return None
