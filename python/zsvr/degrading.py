@@ -169,8 +169,10 @@ def load(path: Path) -> Measurement:
         with safetensors.safe_open(str(values), framework="pt") as file:
             facts = json.loads((file.metadata() or {}).get("facts", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (safetensors.SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"{values} is damaged: {error}") from error
-    if facts.get("format") != FORMAT or facts.get("sha256") != hash_tensors(tensors):
-        raise ValueError(f"{values} is damaged, or no measurement: its values are not those that were saved")
-    return Measurement(tensors["y"], operators.load(description), facts["noise_std"], facts["seed"], facts["first"])
+        if facts["format"] != FORMAT or facts["sha256"] != hash_tensors(tensors):
+            raise ValueError(f"{values} is damaged, or no measurement: its values are not those that were saved")
+        found = tensors["y"], facts["noise_std"], facts["seed"], facts["first"]
+    except (safetensors.SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{values} is damaged, or no measurement: {error}") from error
+    y, noise_std, seed, first = found
+    return Measurement(y, operators.load(description), noise_std, seed, first)

@@ -7,6 +7,7 @@ import os
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 
@@ -117,6 +118,10 @@ def test_damage_and_absence_are_named(tmp_path):
     data[-5] ^= 4
     for broken in (bytes(data), bytes(data[:50]), b""):
         values.write_bytes(broken)
+        with pytest.raises(ValueError, match="is damaged"):
+            degrading.load(tmp_path / "a.mkv")
+    for facts in ("[]", "null", "{}", '{"format": "zsvr.Measurement 1"}', "{"):
+        safetensors.torch.save_file({"y": torch.zeros(1, 3, 4, 4)}, str(values), {"facts": facts})
         with pytest.raises(ValueError, match="is damaged"):
             degrading.load(tmp_path / "a.mkv")
     assert os.path.exists(tmp_path / "a.mkv")

@@ -116,6 +116,9 @@ def test_what_is_no_run_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"00007.png"):
         run.read_frame(7)
     assert run.frames() == []
+    (run.path / "metrics.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"metrics.json is damaged"):
+        run.read_metrics()
 
 
 def test_values_that_json_does_not_know_are_refused():
@@ -152,8 +155,13 @@ def test_a_fault_leaves_the_old_contents(tmp_path, monkeypatch, error):
         assert contents(tmp_path / "run") == before
     with pytest.raises(type(error)):
         runs.Run.create(tmp_path / "new", settings())
+    syncs = iter((None, error))  # a disk that is full after the first file
+    monkeypatch.setattr(os, "fsync", lambda _: fail() if next(syncs) else None)
+    with pytest.raises(type(error)):
+        runs.Run.create(tmp_path / "newer", settings(), command=["zsvr"])
     monkeypatch.undo()
-    assert runs.Run.create(tmp_path / "new", settings()).frames() == []
+    for name in ("new", "newer"):
+        assert runs.Run.create(tmp_path / name, settings(), command=["zsvr"]).frames() == []
 
 
 def test_hashes_tell_names_types_shapes_and_bytes_apart(tmp_path):
