@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
@@ -76,6 +77,11 @@ def new_file(path: Path, *, overwrite: bool = False) -> Iterator[pathlib.Path]:
         os.replace(partial, target)
     except OSError as error:
         raise explain(error, target) from error
+    except Exception as error:
+        found = re.search(r"\(os error (\d+)\)", str(error))  # safetensors has an error of its own
+        if found:
+            raise explain(OSError(int(found[1]), str(error)), target) from error
+        raise
     finally:
         partial.unlink(missing_ok=True)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -74,6 +76,28 @@ def test_nothing_is_overwritten_or_left_half_done(tmp_path, monkeypatch):
         with pytest.raises(OSError, match="the disk is full"):
             degrading.save(path, measurement, overwrite=True)
         assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_a_full_disk_leaves_nothing_and_says_so(tmp_path):
+    """The kernel's own limit on file sizes makes real writes fail."""
+    script = (
+        "import pathlib, resource, signal, sys, torch\nfrom zsvr import degrading, flow, operators\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "clip = torch.rand(6, 3, 64, 64, generator=torch.Generator().manual_seed(0))\n"
+        "measurement = degrading.degrade(clip, operators.make('denoise'))\n"
+        "for limit in (30_000, 100):\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, -1))\n"
+        "    for write in (lambda: degrading.save(pathlib.Path(sys.argv[1]) / 'a.mkv', measurement),\n"
+        "                  lambda: flow.cached(sys.argv[1], clip, flow.Zero())):\n"
+        "        try: write()\n"
+        "        except OSError as error: print(error.errno, error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 4, done.stdout + done.stderr[-2000:]
+    for line in lines:
+        assert line.startswith(f"{errno.EFBIG} ") and "was not written, the file grew larger" in line, line
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["a.mkv", "a"])
