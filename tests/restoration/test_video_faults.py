@@ -64,6 +64,11 @@ def test_more_frames_than_announced_are_no_way_round_the_limit(tmp_path):
     for fits in (5, 80):
         with pytest.raises(MemoryError, match=rf"more than {fits} frames of 16x16 .*stop={fits} fits"):
             video.read(tmp_path / "a.flv", max_bytes=fits * 12 * 16 * 16)
+    video.write(tmp_path / "a", clip[:1])
+    for path in (tmp_path / "a.flv", tmp_path / "a" / "00000.png", tmp_path / "a"):
+        with pytest.raises(MemoryError, match=r"(a frame|frames 0 to 1) of 16x16 need .* scale them first"):
+            video.read(path, max_bytes=12 * 16 * 16 - 1)
+    assert video.probe(tmp_path / "a" / "00000.png").frames == 1
     video.write(tmp_path / "a.mkv", clip[:3], lossless=True)
     for stop in (4, 10**12):
         with pytest.raises(ValueError, match=f"holds 3 frames, so stop = {stop} is too far"):

@@ -173,7 +173,8 @@ class _Source:
         self._whole: int | None = None  # frames of a file that ends early
         if beginning.startswith(endings.GIF):
             self._whole = endings.whole_gif_frames(path.read_bytes())
-        elif self.container.format.name.endswith("_pipe"):
+        self._is_picture = self.container.format.name.endswith("_pipe")
+        if self._is_picture:
             data = path.read_bytes()
             self.mirroring = colour.exif_mirroring(data)
             if self._is_jpeg:  # what is missing would be grey, unheard
@@ -196,7 +197,9 @@ class _Source:
         return Fraction(found) if found and 0 < found < 10000 else FOLDER_RATE
 
     def declared(self) -> int | None:
-        """Return how many frames the file says it has: counted by the container, or by duration."""
+        """Return how many frames the file says it has: counted by the container, or by duration; a picture: 1."""
+        if self._is_picture:
+            return 1
         if self.stream.frames:
             return int(self.stream.frames)
         seconds = self.duration()
@@ -414,19 +417,21 @@ def read(
     limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if max_bytes is None else max_bytes
     needed = info.nbytes(start, stop)
     each = 12 * info.width * info.height
-    if needed is not None and needed > limit:
+    fits = limit // each
+    if (each if needed is None else needed) > limit:
+        what = "a frame" if needed is None else f"frames {start} to {info.frames if stop is None else stop}"
+        advice = f"read a range (stop={start + fits} fits)" if fits else "scale them first"
         raise MemoryError(
-            f"{info.path}: frames {start} to {info.frames if stop is None else stop} of {info.width}x{info.height} "
-            f"need {needed / 1e9:.2f} GB as float32, more than {limit / 1e9:.2f} GB: read a range "
-            f"(stop={start + limit // each} fits)"
+            f"{info.path}: {what} of {info.width}x{info.height} need {(needed or each) / 1e9:.2f} GB as float32, more "
+            f"than {limit / 1e9:.2f} GB: {advice}"
         )
-    count = min(64 if needed is None else needed // each, limit // each)
+    count = min(64 if needed is None else needed // each, fits)
     frames = torch.empty(max(1, count), 3, info.height, info.width)
     times: list[float | None] = []
     end = None
     for picture, time, end in decoding:  # noqa: B007
         if len(times) == len(frames):  # the file has more than it says
-            more = min(len(frames), limit // each - len(frames))
+            more = min(len(frames), fits - len(frames))
             if more < 1:
                 raise MemoryError(
                     f"{info.path}: more than {len(frames)} frames of {info.width}x{info.height} need more than "
