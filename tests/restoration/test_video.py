@@ -163,8 +163,9 @@ def test_a_variable_rate_keeps_its_times(tmp_path, suffix):
     assert float(back.rate) == pytest.approx(5 / 0.54, rel=0.02) and "evenly" in back.notes[0]
     video.write(tmp_path / f"b{suffix}", back.frames, rate=back.rate, times=back.times, lossless=True)
     assert video.read(tmp_path / f"b{suffix}").times == pytest.approx(times, abs=1e-3)
-    with pytest.raises(ValueError, match="times must rise"):
-        video.write(tmp_path / "c.mkv", clip, times=(0, 1, 1, 2, 3, 4))
+    for wrong in ((0, 1, 1, 2, 3, 4), (0, 1, 1 + 1e-7, 2, 3, 4), (0, 200, 200.0001, 201, 202, 203)):
+        with pytest.raises(ValueError, match="times must rise"):
+            video.write(tmp_path / "c.mkv", clip, times=wrong)
     with pytest.raises(ValueError, match="times are 2"):
         video.write(tmp_path / "c.mkv", clip, times=(0, 1))
     assert leftovers(tmp_path) == [f"a{suffix}", f"b{suffix}"]
@@ -185,6 +186,15 @@ def test_a_rate_that_the_file_tells_wrong_is_measured(tmp_path):
     assert video.probe(tmp_path / "a.mkv").rate == 24
     back = video.read(tmp_path / "a.mkv")
     assert back.times is None and 999 / float(back.rate) == pytest.approx(times[-1], abs=2e-3)
+
+
+def test_frames_may_be_minutes_apart(tmp_path):
+    for name in ("a.mp4", "a.mkv"):
+        for times in ((0, 1000, 2000, 3000, 4000), (0, 1000, 2000, 2001), (0, 10_000, 20_000, 20_000.001)):
+            video.write(tmp_path / name, noise(len(times), (16, 16)), times=times, overwrite=True)
+            back = video.read(tmp_path / name)
+            assert float(back.rate) == pytest.approx((len(times) - 1) / times[-1])
+            assert back.times == (None if times[-1] == 4000 else pytest.approx(times))
 
 
 def test_a_video_that_begins_after_its_sound_is_whole(tmp_path):
@@ -291,6 +301,15 @@ def test_sound_that_a_container_cannot_hold_is_dropped_with_a_note(tmp_path):
     notes = video.write(tmp_path / "out.webm", clip.frames, sound=clip.sound, lossless=True)
     assert len(notes) == 1 and "sound was dropped" in notes[0]
     assert torch.equal(video.read(tmp_path / "out.webm").frames, clip.frames)
+
+
+def test_sound_of_a_transport_stream_fits_other_containers(tmp_path):
+    """Its AAC has a header in every packet, which mp4 and Matroska must not have."""
+    with_sound(tmp_path / "in.ts", 24)
+    clip = video.read(tmp_path / "in.ts")
+    for name in ("a.mp4", "a.mkv"):
+        assert video.write(tmp_path / name, clip.frames, sound=clip.sound) == ()
+        assert abs(len(sound_of(tmp_path / name)[0]) / 48000 - 1) < 0.1
 
 
 @pytest.mark.parametrize("suffix", [".mov", ".gif"])

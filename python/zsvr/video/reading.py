@@ -467,7 +467,14 @@ def _timing(times: list[float], rate: Fraction) -> tuple[Fraction, tuple[float, 
     mean = (times[-1] - times[0]) / (len(times) - 1)
     drift = np.abs(times[0] + mean * np.arange(len(times)) - times).max()
     if np.abs(steps - typical).max() > max(VARIABLE * typical, 0.002) or drift > max(typical / 2, 0.002):
-        return Fraction(1 / mean).limit_denominator(1001), tuple(t - times[0] for t in times)
+        return _rate(mean), tuple(t - times[0] for t in times)
     if abs(mean * rate - 1) * (len(times) - 1) > 0.5:  # the last frame would be shown half a frame off
-        rate = Fraction(1 / mean).limit_denominator(1001)
+        rate = _rate(mean)
     return rate, None
+
+
+def _rate(seconds: float) -> Fraction:
+    """Return a rate by the seconds between frames; those of minutes too."""
+    return (
+        Fraction(1 / seconds).limit_denominator(1001) if seconds < 1 else 1 / Fraction(seconds).limit_denominator(1001)
+    )

@@ -21,7 +21,7 @@ from zsvr.video.reading import DEMUXERS, Sound
 
 MILLION = 1_000_000
 GIF_LEAST = 0.02  # seconds that a frame may last: players show what is shorter for 0.1
-LONGEST = 2000  # the same of others: mp4 counts microseconds in 31 bits
+LONGEST = 10_000  # seconds, of other kinds: mp4 counts ticks in 31 bits, and reordering takes some of them
 
 
 @dataclass(frozen=True)
@@ -156,6 +156,11 @@ def _steps(times: Sequence[float] | None) -> list[float]:
     return [] if times is None else [b - a for a, b in itertools.pairwise(times)]
 
 
+def _ticks(times: Sequence[float] | None) -> int:
+    """Return how finely times are told, per second."""
+    return MILLION if max(_steps(times), default=0) < 100 else 1000
+
+
 def write(
     path: Path,
     frames: Tensor | Iterable[Tensor],
@@ -196,8 +201,11 @@ def write(
     if not 1e-4 <= float(rate) <= 1000:
         raise ValueError(f"rate must be within 0.0001..1000 frames per second, got {rate}")
     exact = Fraction(rate).limit_denominator(100_000)
-    if not all(1e-6 <= step <= LONGEST for step in _steps(times)):
-        raise ValueError(f"times must rise by a microsecond or more, and by {LONGEST} s at most, from frame to frame")
+    if not all(1 / _ticks(times) <= step * (1 + 1e-6) and step <= LONGEST for step in _steps(times)):
+        raise ValueError(
+            f"times must rise by a microsecond or more (a millisecond if a frame lasts minutes), and by {LONGEST} s at "
+            "most, from frame to frame"
+        )
     notes = []
     if container == "gif" and (least := min(_steps(times), default=1 / exact)) < GIF_LEAST * 0.999:
         notes.append(f"it plays slower: a GIF's frames last {GIF_LEAST} s or more, these {float(least):.3g} s")
@@ -235,7 +243,7 @@ def _encode(
     if encoding.even and (height % 2 or width % 2):
         notes.append(f"padded from {width}x{height} to even sides")
         height, width = height + height % 2, width + width % 2
-    output = av.open(file, "w", format=container, options={"fflags": "bitexact"})  # else Matroska has random numbers
+    output = av.open(file, "w", format=container, options={"fflags": "+bitexact"})  # else Matroska has random numbers
     try:
         stream: Any = output.add_stream(encoding.codec, rate=rate, options=encoding.options)
         stream.height, stream.width, stream.pix_fmt = height, width, encoding.pixels
@@ -246,7 +254,7 @@ def _encode(
             context.colorspace = context.color_primaries = context.color_trc = colour.BT709
             context.color_range = colour.STUDIO
         if times is not None:
-            stream.codec_context.time_base = Fraction(1, 100 if container == "gif" else MILLION)
+            stream.codec_context.time_base = Fraction(1, 100 if container == "gif" else _ticks(times))
         try:
             stream.codec_context.open()
         except av.FFmpegError as error:
@@ -330,6 +338,9 @@ def _sound_packets(output: Any, sound: Sound, stack: contextlib.ExitStack, notes
         notes.append(f"{sound.path} has no sound to copy")
         return iter(())
     original = source.streams.audio[0]
+    if original.codec_context is None:
+        notes.append("the sound was dropped: its codec is unknown")
+        return iter(())
     refusal = _refusal(sound, output.format.name)
     if refusal:
         notes.append(f"the sound was dropped: {refusal}")
