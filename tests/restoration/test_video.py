@@ -312,12 +312,22 @@ def test_sound_of_a_transport_stream_fits_other_containers(tmp_path):
         assert abs(len(sound_of(tmp_path / name)[0]) / 48000 - 1) < 0.1
 
 
+def test_sound_that_goes_back_in_time_costs_no_frames(tmp_path):
+    """Two recordings, one behind the other: the second's times begin anew."""
+    with_sound(tmp_path / "one.ts", 24)
+    (tmp_path / "in.ts").write_bytes((tmp_path / "one.ts").read_bytes() * 2)
+    clip = video.read(tmp_path / "in.ts")
+    notes = video.write(tmp_path / "a.mp4", clip.frames, sound=clip.sound)
+    assert notes == ("the sound was dropped: mp4 cannot hold this aac",)
+    assert len(video.read(tmp_path / "a.mp4").frames) == len(clip.frames)
+
+
 @pytest.mark.parametrize("suffix", [".mov", ".gif"])
 def test_sound_that_only_the_muxer_refuses_is_dropped_too(tmp_path, suffix):
     with_sound(tmp_path / "in.mkv", 12, "libopus", "flt")
     clip = video.read(tmp_path / "in.mkv")
     notes = video.write(tmp_path / f"out{suffix}", clip.frames, sound=clip.sound)
-    assert notes == (f"the sound was dropped: {suffix[1:]} cannot hold opus",)
+    assert notes == (f"the sound was dropped: {suffix[1:]} cannot hold this opus",)
     assert len(video.read(tmp_path / f"out{suffix}").frames) == 12
     assert video.write(tmp_path / "out.mp4", clip.frames, sound=clip.sound) == ()
     assert video.probe(tmp_path / "out.mp4").has_sound

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import itertools
 import os
 import pathlib
@@ -310,58 +309,73 @@ def _frame(picture: np.ndarray, size: tuple[int, int], pixels: str, depth: int) 
     return frame if pixels == "rgb24" else frame.reformat(format=pixels)
 
 
+class _Nowhere:
+    """A file for PyAV that forgets what is written."""
+
+    def __init__(self) -> None:
+        self.at = self.end = 0
+
+    def write(self, data: bytes) -> int:
+        self.at += len(data)
+        self.end = max(self.end, self.at)
+        return len(data)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self.at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.end}[whence]
+        return self.at
+
+    def tell(self) -> int:
+        return self.at
+
+
+def _shifted_packets(sound: Sound, source: Any, copied: Any) -> Iterator[Any]:
+    """Yield the packets of the sound's range for the stream ``copied``, shifted to start at 0."""
+    for packet in source.demux(source.streams.audio[0]):
+        if packet.dts is None or packet.pts is None:
+            continue
+        begin = float(packet.pts * packet.time_base)
+        if begin < sound.start - 1e-3 or begin >= sound.stop - 1e-3:
+            continue
+        shift = round(sound.start / packet.time_base)
+        packet.pts, packet.dts = packet.pts - shift, packet.dts - shift
+        packet.stream = copied
+        yield packet
+
+
 def _refusal(sound: Sound, container: str) -> str | None:
-    """Return why a container cannot hold a file's sound, found by muxing its beginning, or None if it can."""
+    """Return why a container cannot hold the sound, found by writing it nowhere, or None if it can."""
     import av
 
     with sound.path.open("rb") as file, av.open(file, options={"format_whitelist": DEMUXERS}) as source:
         original = source.streams.audio[0]
+        if original.codec_context is None:
+            return "its codec is unknown"
         try:
-            with av.open(io.BytesIO(), "w", format=container) as trial:
-                copied = trial.add_stream_from_template(original)
-                for packet in itertools.islice(source.demux(original), 8):
-                    if packet.dts is not None and packet.pts is not None:
-                        packet.stream = copied
-                        trial.mux(packet)
+            with av.open(_Nowhere(), "w", format=container) as trial:
+                for packet in _shifted_packets(sound, source, trial.add_stream_from_template(original)):
+                    trial.mux(packet)
         except (av.FFmpegError, ValueError):
-            return f"{container} cannot hold {original.codec_context.codec.canonical_name}"
+            return f"{container} cannot hold this {original.codec_context.codec.canonical_name}"
     return None
 
 
 def _sound_packets(output: Any, sound: Sound, stack: contextlib.ExitStack, notes: list[str]) -> Iterator[Any]:
-    """Yield packets of the sound's range, shifted to start at 0, for streams added to ``output``."""
+    """Return packets of the sound's range, shifted to start at 0, for a stream added to ``output``."""
     import av
 
     file = stack.enter_context(sound.path.open("rb"))
     source = stack.enter_context(av.open(file, options={"format_whitelist": DEMUXERS}))
-    if not source.streams.audio:
+    tracks = source.streams.audio
+    if not tracks:
         notes.append(f"{sound.path} has no sound to copy")
         return iter(())
-    original = source.streams.audio[0]
-    if original.codec_context is None:
-        notes.append("the sound was dropped: its codec is unknown")
-        return iter(())
+    if len(tracks) > 1:
+        notes.append(f"of {len(tracks)} sound tracks the first was kept")
     refusal = _refusal(sound, output.format.name)
     if refusal:
         notes.append(f"the sound was dropped: {refusal}")
         return iter(())
-    if len(source.streams.audio) > 1:
-        notes.append(f"of {len(source.streams.audio)} sound tracks the first was kept")
-    copied = output.add_stream_from_template(original)
-
-    def packets() -> Iterator[Any]:
-        for packet in source.demux(original):
-            if packet.dts is None or packet.pts is None:
-                continue
-            begin = float(packet.pts * packet.time_base)
-            if begin < sound.start - 1e-3 or begin >= sound.stop - 1e-3:
-                continue
-            shift = round(sound.start / packet.time_base)
-            packet.pts, packet.dts = packet.pts - shift, packet.dts - shift
-            packet.stream = copied
-            yield packet
-
-    return packets()
+    return _shifted_packets(sound, source, output.add_stream_from_template(tracks[0]))
 
 
 def write_pictures(
