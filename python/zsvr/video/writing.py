@@ -186,7 +186,7 @@ def write(
         overwrite: replace what is at ``path``. It is replaced at once, when the new file is whole.
 
     Returns:
-        Notes for the user: what of the sound was lost, padding.
+        Notes for the user: what of the sound was lost, padding, a GIF that plays slower.
 
     Raises:
         FileExistsError, FileNotFoundError: see `zsvr.files.check_free`.
