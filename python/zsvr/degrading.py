@@ -136,7 +136,7 @@ def save(
         Notes for the user.
 
     Raises:
-        As `zsvr.video.write`; nothing is left behind.
+        As `zsvr.video.write`; nothing is left behind, or, if only the small files failed, the new video alone.
     """
     import safetensors.torch
 
@@ -147,14 +147,22 @@ def save(
         "sha256": hash_tensors(tensors),
     }  # fmt: skip
     check_free(path, overwrite=overwrite)
-    with contextlib.ExitStack() as files:  # the small files take their names only after the video has its own
-        partial = files.enter_context(new_file(values, overwrite=overwrite))
-        safetensors.torch.save_file(tensors, str(partial), {"facts": to_json(facts)})
-        operators.save(measurement.operator, files.enter_context(new_file(description, overwrite=overwrite)))
-        return write(
-            path, measurement.picture, rate=rate, times=times, sound=sound, lossless=True, depth=depth,
-            overwrite=overwrite,
-        )  # fmt: skip
+    notes = None
+    try:
+        with contextlib.ExitStack() as files:  # the small files take their names only after the video has its own
+            partial = files.enter_context(new_file(values, overwrite=overwrite))
+            safetensors.torch.save_file(tensors, str(partial), {"facts": to_json(facts)})
+            operators.save(measurement.operator, files.enter_context(new_file(description, overwrite=overwrite)))
+            notes = write(
+                path, measurement.picture, rate=rate, times=times, sound=sound, lossless=True, depth=depth,
+                overwrite=overwrite,
+            )  # fmt: skip
+    except BaseException:
+        if notes is not None:  # those of an older video would be taken for this one's
+            values.unlink(missing_ok=True)
+            description.unlink(missing_ok=True)
+        raise
+    return notes
 
 
 def load(path: Path) -> Measurement:
@@ -172,8 +180,10 @@ def load(path: Path) -> Measurement:
         with safetensors.safe_open(str(values), framework="pt") as file:
             facts = json.loads((file.metadata() or {}).get("facts", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (safetensors.SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"{values} is damaged: {error}") from error
-    if facts.get("format") != FORMAT or facts.get("sha256") != hash_tensors(tensors):
-        raise ValueError(f"{values} is damaged, or no measurement: its values are not those that were saved")
-    return Measurement(tensors["y"], operators.load(description), facts["noise_std"], facts["seed"], facts["first"])
+        if facts["format"] != FORMAT or facts["sha256"] != hash_tensors(tensors):
+            raise ValueError(f"{values} is damaged, or no measurement: its values are not those that were saved")
+        found = tensors["y"], facts["noise_std"], facts["seed"], facts["first"]
+    except (safetensors.SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{values} is damaged, or no measurement: {error}") from error
+    y, noise_std, seed, first = found
+    return Measurement(y, operators.load(description), noise_std, seed, first)

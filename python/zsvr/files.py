@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
@@ -76,6 +77,11 @@ def new_file(path: Path, *, overwrite: bool = False) -> Iterator[pathlib.Path]:
         os.replace(partial, target)
     except OSError as error:
         raise explain(error, target) from error
+    except Exception as error:
+        found = re.search(r"\(os error (\d+)\)", str(error))  # safetensors has an error of its own
+        if found:
+            raise explain(OSError(int(found[1]), str(error)), target) from error
+        raise
     finally:
         partial.unlink(missing_ok=True)
 
@@ -122,9 +128,9 @@ def new_folder(path: Path, *, overwrite: bool = False, replaceable: tuple[str, .
 
 
 def write_text(path: Path, text: str, *, overwrite: bool = False) -> None:
-    """Write a text file in UTF-8, whole or not at all."""
+    """Write a text file in UTF-8 (names of files that are none: their bytes), whole or not at all."""
     with new_file(path, overwrite=overwrite) as partial:
-        partial.write_text(text, encoding="utf-8", newline="\n")
+        partial.write_text(text, encoding="utf-8", errors="surrogateescape", newline="\n")
 
 
 def to_json(value: Any) -> str:
@@ -138,7 +144,7 @@ def to_json(value: Any) -> str:
 
 def hash_json(value: Any) -> str:
     """Return the SHA-256 of `to_json`, as hex."""
-    return hashlib.sha256(to_json(value).encode()).hexdigest()
+    return hashlib.sha256(to_json(value).encode(errors="surrogateescape")).hexdigest()
 
 
 def hash_file(path: Path) -> str:

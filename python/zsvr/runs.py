@@ -138,9 +138,9 @@ class Run:
         else:
             check_free(folder)
             folder.mkdir()
+        write_text(folder / CONFIG, to_json(wanted))
         if command:
             write_text(folder / COMMAND, shlex.join(command) + "\n", overwrite=True)
-        write_text(folder / CONFIG, to_json(wanted))
         return cls(folder, wanted)
 
     @classmethod
@@ -210,13 +210,15 @@ class Run:
         if not file.is_file():
             raise FileNotFoundError(f"{self.path} has no {METRICS} yet: the run is not finished")
         found = _read_json(file)
+        if not isinstance(found, dict):
+            raise ValueError(f"{file} is damaged: it holds no results by name")
         return {name: math.nan if value is None else value for name, value in found.items()}
 
 
 def _read_json(file: pathlib.Path) -> Any:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return json.loads(file.read_text(encoding="utf-8", errors="surrogateescape"))
+    except json.JSONDecodeError as error:
         raise ValueError(f"{file} is damaged: {error}") from error
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 
@@ -75,6 +78,61 @@ def test_nothing_is_overwritten_or_left_half_done(tmp_path, monkeypatch):
         assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
+def test_a_full_disk_leaves_nothing_and_says_so(tmp_path):
+    """The kernel's own limit on file sizes makes real writes fail."""
+    script = (
+        "import pathlib, resource, signal, sys, torch\nfrom zsvr import degrading, flow, operators\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "clip = torch.rand(6, 3, 64, 64, generator=torch.Generator().manual_seed(0))\n"
+        "measurement = degrading.degrade(clip, operators.make('denoise'))\n"
+        "for limit in (30_000, 100):\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, -1))\n"
+        "    for write in (lambda: degrading.save(pathlib.Path(sys.argv[1]) / 'a.mkv', measurement),\n"
+        "                  lambda: flow.cached(sys.argv[1], clip, flow.Zero())):\n"
+        "        try: write()\n"
+        "        except OSError as error: print(error.errno, error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 4, done.stdout + done.stderr[-2000:]
+    for line in lines:
+        assert line.startswith(f"{errno.EFBIG} ") and "was not written, the file grew larger" in line, line
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["a.mkv", "a"])
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), KeyboardInterrupt()], ids=["full", "interrupted"])
+def test_a_fault_at_any_moment_leaves_no_measurement_beside_another_video(tmp_path, monkeypatch, name, call, error):
+    path, u = tmp_path / name, clean()
+    old = degrading.degrade(u, operators.make("denoise"), noise_std=0.1, seed=1)
+    new = degrading.degrade(1 - u, operators.make("sr_avg", scale=2), seed=2)
+    real, failures = getattr(os, call), 0
+    for fails_at in range(1, 6):
+        degrading.save(path, old, overwrite=True)
+        calls = iter(range(1, 20))
+
+        def fail(*arguments, calls=calls, fails_at=fails_at):
+            if next(calls) == fails_at:
+                raise error
+            return real(*arguments)
+
+        monkeypatch.setattr(os, call, fail)
+        try:
+            degrading.save(path, new, overwrite=True)
+        except type(error):
+            failures += 1
+        monkeypatch.setattr(os, call, real)
+        shown = video.read(path).frames
+        try:
+            exact = degrading.load(path)
+        except FileNotFoundError:
+            assert shown.shape == new.picture.shape and len(list(tmp_path.iterdir())) == 1
+        else:
+            assert torch.equal(shown, torch.floor(exact.picture * 255 + 0.5) / 255)
+    assert failures >= 3
+
+
 def test_damage_and_absence_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="was not made by degrading"):
         degrading.load(tmp_path / "a.mkv")
@@ -84,6 +142,10 @@ def test_damage_and_absence_are_named(tmp_path):
     data[-5] ^= 4
     for broken in (bytes(data), bytes(data[:50]), b""):
         values.write_bytes(broken)
+        with pytest.raises(ValueError, match="is damaged"):
+            degrading.load(tmp_path / "a.mkv")
+    for facts in ("[]", "null", "{}", '{"format": "zsvr.Measurement 1"}', "{"):
+        safetensors.torch.save_file({"y": torch.zeros(1, 3, 4, 4)}, str(values), {"facts": facts})
         with pytest.raises(ValueError, match="is damaged"):
             degrading.load(tmp_path / "a.mkv")
     assert os.path.exists(tmp_path / "a.mkv")

@@ -9,6 +9,7 @@ import types
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 
@@ -386,11 +387,13 @@ def test_a_damaged_cache_is_estimated_anew(tmp_path):
     with pytest.raises(ValueError, match="no file of saved flow"):
         path.write_bytes(b"junk")
         flows.load(path)
+    for facts in ("[]", "null", "{"):
+        safetensors.torch.save_file({"forward": first.forward}, str(path), {"facts": facts})
+        with pytest.raises(ValueError, match="no file of saved flow"):
+            flows.load(path)
 
 
 def test_saving_stops_half_way_without_a_trace(tmp_path, monkeypatch):
-    import safetensors.torch
-
     def interrupted(tensors, path, facts):
         pathlib.Path(path).write_bytes(b"half")
         raise KeyboardInterrupt

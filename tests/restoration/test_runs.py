@@ -116,6 +116,9 @@ def test_what_is_no_run_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"00007.png"):
         run.read_frame(7)
     assert run.frames() == []
+    (run.path / "metrics.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"metrics.json is damaged"):
+        run.read_metrics()
 
 
 def test_values_that_json_does_not_know_are_refused():
@@ -152,8 +155,13 @@ def test_a_fault_leaves_the_old_contents(tmp_path, monkeypatch, error):
         assert contents(tmp_path / "run") == before
     with pytest.raises(type(error)):
         runs.Run.create(tmp_path / "new", settings())
+    syncs = iter((None, error))  # a disk that is full after the first file
+    monkeypatch.setattr(os, "fsync", lambda _: fail() if next(syncs) else None)
+    with pytest.raises(type(error)):
+        runs.Run.create(tmp_path / "newer", settings(), command=["zsvr"])
     monkeypatch.undo()
-    assert runs.Run.create(tmp_path / "new", settings()).frames() == []
+    for name in ("new", "newer"):
+        assert runs.Run.create(tmp_path / name, settings(), command=["zsvr"]).frames() == []
 
 
 def test_hashes_tell_names_types_shapes_and_bytes_apart(tmp_path):
@@ -173,6 +181,19 @@ def test_hashes_tell_names_types_shapes_and_bytes_apart(tmp_path):
     assert files.hash_file(tmp_path / "d" / "a") == "6b86b273ff34fce19d6b804eff5a3f5747ada4eaa22f1d49c01e52ddb7875b4b"
     (tmp_path / "d" / "a").rename(tmp_path / "d" / "b")
     assert files.hash_file(tmp_path / "d") != one
+
+
+def test_names_that_are_no_utf8_are_recorded_and_hashed(tmp_path):
+    name = os.fsdecode(b"caf\xe9.png")
+    run = runs.Run.create(tmp_path / "run", settings(path=name), command=["zsvr", "restore", name])
+    assert runs.Run.create(tmp_path / "run", settings(path=name)).id == run.id
+    assert runs.Run.load(tmp_path / "run").config["options"]["path"] == name
+    assert (tmp_path / "run" / "command.txt").read_bytes() == b"zsvr restore 'caf\xe9.png'\n"
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / name).write_bytes(b"1")
+    one = files.hash_file(tmp_path / "folder")
+    (tmp_path / "folder" / name).rename(tmp_path / "folder" / "cafe.png")
+    assert files.hash_file(tmp_path / "folder") != one
 
 
 def test_importing_needs_none_of_the_packages_that_are_used_inside():

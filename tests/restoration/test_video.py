@@ -9,7 +9,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from video_clips import leftovers, noise, smooth
+from video_clips import leftovers, noise, rgb, smooth
 
 from zsvr import video
 from zsvr.video import colour, reading, writing
@@ -51,6 +51,22 @@ def test_viewing_copies_look_the_same_and_pad_odd_sides(tmp_path, suffix, bits):
     assert (info.matrix, info.width, info.height, info.frames) == ("bt709", 52, 38, 3)
 
 
+@pytest.mark.parametrize("suffix", [".mp4", ".mov", ".mkv", ".webm", ".gif"])
+def test_the_same_frames_give_the_same_bytes(tmp_path, suffix):
+    for name in ("a", "b"):
+        video.write(tmp_path / f"{name}{suffix}", noise(4, (32, 32)))
+    assert (tmp_path / f"a{suffix}").read_bytes() == (tmp_path / f"b{suffix}").read_bytes()
+
+
+def test_a_gif_that_players_could_not_show_is_slower_and_says_so(tmp_path):
+    for name, given in (("a.gif", {"rate": 120}), ("b.gif", {"times": (0, 0.004, 0.008, 1)})):
+        notes = video.write(tmp_path / name, smooth(4, (20, 30)), **given)
+        assert len(notes) == 1 and "plays slower" in notes[0]
+    assert video.read(tmp_path / "a.gif").rate == 50
+    assert video.read(tmp_path / "b.gif").times == pytest.approx((0, 0.02, 0.04, 1.03), abs=0.011)
+    assert video.write(tmp_path / "c.gif", smooth(4, (20, 30)), rate=50) == ()
+
+
 def test_a_gif_can_be_written_and_read(tmp_path):
     video.write(tmp_path / "a.gif", smooth(4, (20, 30)), rate=10)
     back = video.read(tmp_path / "a.gif")
@@ -87,10 +103,10 @@ def coded(rgb, tag: int, bits: int, full: bool, pixels: str, height: int = 16):
     ("pixels", "bits"), [("yuv420p", 8), ("yuv422p", 8), ("yuv444p", 8), ("yuv420p10le", 10), ("yuv444p12le", 12)]
 )
 def test_colours_follow_the_tagged_matrix_and_range(pixels, bits, tag, full):
-    for rgb in ((0.9, 0.2, 0.3), (0.1, 0.8, 0.4), (0.5, 0.5, 0.5), (1, 1, 1), (0, 0, 0)):
-        got = colour.to_rgb(coded(rgb, tag, bits, full, pixels))
+    for one in ((0.9, 0.2, 0.3), (0.1, 0.8, 0.4), (0.5, 0.5, 0.5), (1, 1, 1), (0, 0, 0)):
+        got = colour.to_rgb(coded(one, tag, bits, full, pixels))
         assert got.dtype == np.float32 and got.shape == (3, 16, 16)
-        assert np.abs(got[:, 8, 8] - rgb).max() < 1.5 / 2**bits * 1.2, (rgb, got[:, 8, 8])
+        assert np.abs(got[:, 8, 8] - one).max() < 1.5 / 2**bits * 1.2, (one, got[:, 8, 8])
 
 
 def test_untagged_frames_are_bt709_from_720_lines_on():
@@ -147,11 +163,44 @@ def test_a_variable_rate_keeps_its_times(tmp_path, suffix):
     assert float(back.rate) == pytest.approx(5 / 0.54, rel=0.02) and "evenly" in back.notes[0]
     video.write(tmp_path / f"b{suffix}", back.frames, rate=back.rate, times=back.times, lossless=True)
     assert video.read(tmp_path / f"b{suffix}").times == pytest.approx(times, abs=1e-3)
-    with pytest.raises(ValueError, match="times must rise"):
-        video.write(tmp_path / "c.mkv", clip, times=(0, 1, 1, 2, 3, 4))
+    for wrong in ((0, 1, 1, 2, 3, 4), (0, 1, 1 + 1e-7, 2, 3, 4), (0, 200, 200.0001, 201, 202, 203)):
+        with pytest.raises(ValueError, match="times must rise"):
+            video.write(tmp_path / "c.mkv", clip, times=wrong)
     with pytest.raises(ValueError, match="times are 2"):
         video.write(tmp_path / "c.mkv", clip, times=(0, 1))
     assert leftovers(tmp_path) == [f"a{suffix}", f"b{suffix}"]
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_a_rate_that_changes_slowly_is_variable(tmp_path, suffix):
+    """As of a telephone in growing darkness: no step differs much from the median, the middle would be .57 s off."""
+    steps = [0.0333] * 200 + [0.039] * 199
+    times = tuple(np.cumsum([0, *steps]).tolist())
+    video.write(tmp_path / f"a{suffix}", noise(1, (16, 16)).expand(400, -1, -1, -1), times=times, lossless=True)
+    assert video.read(tmp_path / f"a{suffix}").times == pytest.approx(times, abs=1e-3)
+
+
+def test_a_rate_that_the_file_tells_wrong_is_measured(tmp_path):
+    times = tuple(n * 1001 / 24000 for n in range(1000))
+    video.write(tmp_path / "a.mkv", noise(1, (16, 16)).expand(1000, -1, -1, -1), times=times, lossless=True)
+    assert video.probe(tmp_path / "a.mkv").rate == 24
+    back = video.read(tmp_path / "a.mkv")
+    assert back.times is None and 999 / float(back.rate) == pytest.approx(times[-1], abs=2e-3)
+
+
+def test_frames_may_be_minutes_apart(tmp_path):
+    for name in ("a.mp4", "a.mkv"):
+        for times in ((0, 1000, 2000, 3000, 4000), (0, 1000, 2000, 2001), (0, 10_000, 20_000, 20_000.001)):
+            video.write(tmp_path / name, noise(len(times), (16, 16)), times=times, overwrite=True)
+            back = video.read(tmp_path / name)
+            assert float(back.rate) == pytest.approx((len(times) - 1) / times[-1])
+            assert back.times == (None if times[-1] == 4000 else pytest.approx(times))
+
+
+def test_a_video_that_begins_after_its_sound_is_whole(tmp_path):
+    with_sound(tmp_path / "a.mkv", late=0.5)
+    clip = video.read(tmp_path / "a.mkv")
+    assert len(clip.frames) == 48 and clip.notes == () and clip.sound.start == pytest.approx(0.5, abs=2e-3)
 
 
 @pytest.mark.parametrize("rate", [Fraction(24000, 1001), 60, 12.5])
@@ -178,15 +227,40 @@ def test_rotation_is_done(tmp_path, degrees, turns):
     assert (info.height, info.width) == ((16, 24) if turns == 2 else (24, 16))
 
 
-def with_sound(path: pathlib.Path, frames: int = 48, codec: str = "aac", sample_format: str = "fltp") -> None:
-    """Write a video of 24 frames per second with a tone of rising loudness."""
+@pytest.mark.parametrize(
+    ("matrix", "shown"),
+    [
+        ((-1, 0, 0, 1), lambda clip: clip.flip(3)),
+        ((1, 0, 0, -1), lambda clip: clip.flip(2)),
+        ((0, 1, 1, 0), lambda clip: clip.transpose(2, 3)),
+        ((0, -1, -1, 0), lambda clip: clip.transpose(2, 3).flip(2, 3)),
+    ],
+)
+def test_mirroring_is_done(tmp_path, matrix, shown):
+    clip = noise(2, (16, 24))
+    rgb(tmp_path / "a.mp4", clip)
+    data = bytearray((tmp_path / "a.mp4").read_bytes())
+    at = data.index(b"tkhd") + 44  # version and flags, dates, track, duration, layer, volume, reserved
+    assert data[at : at + 4] == (1 << 16).to_bytes(4, "big")
+    for place, value in zip((0, 4, 12, 16), matrix, strict=True):
+        data[at + place : at + place + 4] = (value << 16).to_bytes(4, "big", signed=True)
+    (tmp_path / "a.mp4").write_bytes(data)
+    assert torch.equal(video.read(tmp_path / "a.mp4").frames, shown(clip))
+
+
+def with_sound(
+    path: pathlib.Path, frames: int = 48, codec: str = "aac", sample_format: str = "fltp", late: float = 0
+) -> None:
+    """Write a video of 24 frames per second, which begins ``late``, with a tone of rising loudness."""
     with av.open(str(path), "w") as output:
         picture = output.add_stream("libx264rgb", rate=24, options={"qp": "0"})
         picture.height, picture.width, picture.pix_fmt = 16, 16, "rgb24"
         tone = output.add_stream(codec, rate=48000, layout="mono")
-        for frame in noise(frames, (16, 16)):
+        for n, frame in enumerate(noise(frames, (16, 16))):
             levels = (frame * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
-            output.mux(picture.encode(av.VideoFrame.from_ndarray(levels, format="rgb24")))
+            coded = av.VideoFrame.from_ndarray(levels, format="rgb24")
+            coded.pts, coded.time_base = n + round(24 * late), Fraction(1, 24)
+            output.mux(picture.encode(coded))
         output.mux(picture.encode())
         t = np.arange(2000 * frames) / 48000
         wave = (np.sin(2 * np.pi * 440 * t) * t / t[-1] * 0.9).astype(np.float32)
@@ -229,6 +303,64 @@ def test_sound_that_a_container_cannot_hold_is_dropped_with_a_note(tmp_path):
     assert torch.equal(video.read(tmp_path / "out.webm").frames, clip.frames)
 
 
+def test_sound_of_a_transport_stream_fits_other_containers(tmp_path):
+    """Its AAC has a header in every packet, which mp4 and Matroska must not have."""
+    with_sound(tmp_path / "in.ts", 24)
+    clip = video.read(tmp_path / "in.ts")
+    for name in ("a.mp4", "a.mkv"):
+        assert video.write(tmp_path / name, clip.frames, sound=clip.sound) == ()
+        assert abs(len(sound_of(tmp_path / name)[0]) / 48000 - 1) < 0.1
+
+
+def test_sound_that_goes_back_in_time_costs_no_frames(tmp_path):
+    """Two recordings, one behind the other: the second's times begin anew."""
+    with_sound(tmp_path / "one.ts", 24)
+    (tmp_path / "in.ts").write_bytes((tmp_path / "one.ts").read_bytes() * 2)
+    clip = video.read(tmp_path / "in.ts")
+    notes = video.write(tmp_path / "a.mp4", clip.frames, sound=clip.sound)
+    assert notes == ("the sound was dropped: mp4 cannot hold this aac",)
+    assert len(video.read(tmp_path / "a.mp4").frames) == len(clip.frames)
+
+
+@pytest.mark.parametrize("suffix", [".mov", ".gif"])
+def test_sound_that_only_the_muxer_refuses_is_dropped_too(tmp_path, suffix):
+    with_sound(tmp_path / "in.mkv", 12, "libopus", "flt")
+    clip = video.read(tmp_path / "in.mkv")
+    notes = video.write(tmp_path / f"out{suffix}", clip.frames, sound=clip.sound)
+    assert notes == (f"the sound was dropped: {suffix[1:]} cannot hold this opus",)
+    assert len(video.read(tmp_path / f"out{suffix}").frames) == 12
+    assert video.write(tmp_path / "out.mp4", clip.frames, sound=clip.sound) == ()
+    assert video.probe(tmp_path / "out.mp4").has_sound
+
+
+def test_sound_is_kept_where_frames_have_no_times(tmp_path):
+    """As H.264 in an MPEG program stream, where few frames have one."""
+    wave = np.zeros((1, 1152), np.int16)
+    with av.open(str(tmp_path / "a.mpg"), "w") as output:
+        picture = output.add_stream("libx264", rate=24, options={"bf": "3"})
+        picture.height, picture.width, picture.pix_fmt = 16, 16, "yuv420p"
+        tone = output.add_stream("mp2", rate=48000, layout="mono")
+        packets = []
+        for _ in range(48):
+            packets += picture.encode(av.VideoFrame.from_ndarray(np.zeros((16, 16, 3), np.uint8), format="rgb24"))
+        packets += picture.encode()
+        for n in range(83):
+            sound = av.AudioFrame.from_ndarray(wave, format="s16", layout="mono")
+            sound.sample_rate, sound.pts, sound.time_base = 48000, 1152 * n, Fraction(1, 48000)
+            packets += tone.encode(sound)
+        packets += tone.encode()
+        packets.sort(key=lambda packet: packet.dts * packet.time_base)
+        output.mux(packets)
+    with av.open(str(tmp_path / "a.mpg")) as source:
+        times = [frame.time for frame in source.decode(video=0)]
+    assert times[0] is not None and None in times
+    clip = video.read(tmp_path / "a.mpg")
+    assert (clip.sound.start, clip.sound.stop) == pytest.approx((times[0], times[0] + 2), abs=1e-3)
+    assert video.read(tmp_path / "a.mpg", 20, 21).notes == (
+        "the sound was dropped: nothing says when these frames are shown",
+    )
+
+
 # ---- folders ----
 
 
@@ -264,6 +396,43 @@ def test_pictures_of_other_programs_are_read(tmp_path, kind):
     with Image.open(tmp_path / f"a.{kind}") as picture:
         expected = np.asarray(picture.convert("RGB"), dtype=np.float32)
     assert np.abs(got - expected).max() < (3 if kind == "jpg" else 1e-3)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"progressive": True}], ids=str)
+def test_large_jpegs_are_read_whatever_their_folder_is_called(tmp_path, mode, options):
+    Image = pytest.importorskip("PIL.Image")
+    folder = tmp_path / "take%03d"
+    folder.mkdir()
+    levels = (smooth(1, (240, 320))[0] * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    Image.fromarray(levels).convert(mode).save(folder / "a.jpg", quality=95, **options)
+    assert (folder / "a.jpg").stat().st_size > 4096
+    with Image.open(folder / "a.jpg") as picture:
+        expected = np.asarray(picture.convert("RGB"), dtype=np.float32)
+    for path in (folder, folder / "a.jpg"):
+        got = video.read(path).frames[0].permute(1, 2, 0).numpy() * 255
+        assert np.abs(got - expected).max() < 5 and np.abs(got - expected).mean() < 1.5
+    (tmp_path / "two.jpg").write_bytes((folder / "a.jpg").read_bytes() * 2)  # as cameras put a second view behind
+    assert len(video.read(tmp_path / "two.jpg").frames) == 1
+
+
+@pytest.mark.parametrize("kind", ["jpg", "png", "webp", "tiff"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_are_upright_however_the_camera_was_held(tmp_path, kind, orientation):
+    Image = pytest.importorskip("PIL.Image")
+    from PIL import ImageOps
+
+    levels = (smooth(1, (48, 64))[0] * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    options = {"webp": {"lossless": True}, "jpg": {"quality": 95}}.get(kind, {})
+    Image.fromarray(levels).save(tmp_path / f"a.{kind}", exif=exif, **options)
+    with Image.open(tmp_path / f"a.{kind}") as picture:
+        expected = np.asarray(ImageOps.exif_transpose(picture).convert("RGB"), dtype=np.float32)
+    got = video.read(tmp_path).frames[0].permute(1, 2, 0).numpy() * 255
+    assert got.shape == expected.shape and np.abs(got - expected).max() < 5
+    info = video.probe(tmp_path)
+    assert (info.height, info.width) == expected.shape[:2]
 
 
 def test_transparency_is_dropped_with_a_note(tmp_path):

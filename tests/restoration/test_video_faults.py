@@ -33,6 +33,48 @@ def test_what_is_no_video_is_named(tmp_path):
         video.read(tmp_path / "tone.mp4")
 
 
+def test_pipes_and_folders_are_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.mp4")
+    (tmp_path / "folder" / "sub.png").mkdir(parents=True)
+    for name in ("a.mp4", "folder"):
+        with pytest.raises(ValueError, match="is no regular file"):
+            video.read(tmp_path / name)
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("share", [0.2, 0.99, 0.9998])
+def test_a_truncated_picture_is_not_filled_up_with_grey(tmp_path, share, progressive):
+    Image = pytest.importorskip("PIL.Image")
+    levels = (noise(2, (64, 80)) * 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    for n, picture in enumerate(levels):
+        Image.fromarray(picture).save(tmp_path / f"{n}.jpg", progressive=progressive)
+    assert len(video.read(tmp_path).frames) == 2
+    for name in ("1.jpg", "0.jpg"):
+        data = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(data[: int(share * len(data))])
+        with pytest.raises(ValueError, match=rf"{name}.* (cannot be decoded|holds no frames)"):
+            video.read(tmp_path)
+
+
+def test_more_frames_than_announced_are_no_way_round_the_limit(tmp_path):
+    clip = noise(100, (16, 16))
+    rgb(tmp_path / "a.flv", clip)  # says nothing of its length
+    assert video.probe(tmp_path / "a.flv").frames is None
+    assert torch.equal(video.read(tmp_path / "a.flv").frames, clip)
+    for fits in (5, 80):
+        with pytest.raises(MemoryError, match=rf"more than {fits} frames of 16x16 .*stop={fits} fits"):
+            video.read(tmp_path / "a.flv", max_bytes=fits * 12 * 16 * 16)
+    video.write(tmp_path / "a", clip[:1])
+    for path in (tmp_path / "a.flv", tmp_path / "a" / "00000.png", tmp_path / "a"):
+        with pytest.raises(MemoryError, match=r"(a frame|frames 0 to 1) of 16x16 need .* scale them first"):
+            video.read(path, max_bytes=12 * 16 * 16 - 1)
+    assert video.probe(tmp_path / "a" / "00000.png").frames == 1
+    video.write(tmp_path / "a.mkv", clip[:3], lossless=True)
+    for stop in (4, 10**12):
+        with pytest.raises(ValueError, match=f"holds 3 frames, so stop = {stop} is too far"):
+            video.read(tmp_path / "a.mkv", 0, stop)
+
+
 def test_playlists_that_lead_elsewhere_are_not_followed(tmp_path, monkeypatch):
     video.write(tmp_path / "secret.mkv", noise(2, (16, 16)), lossless=True)
     monkeypatch.chdir(tmp_path)
@@ -65,6 +107,43 @@ def test_a_truncated_file_says_what_can_be_read(tmp_path, suffix, share):
     part = video.read(cut, allow_truncated=True)
     assert torch.equal(part.frames, clip[:readable]) and "ends early" in part.notes[0]
     assert torch.equal(video.read(cut, stop=readable).frames, clip[:readable])
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".mkv", ".webm"])
+def test_a_file_that_lacks_its_last_bytes_alone_is_noticed(tmp_path, suffix):
+    clip = noise(12, (32, 32))
+    video.write(tmp_path / f"a{suffix}", clip, lossless=suffix != ".gif", rate=25)
+    data, whole = (tmp_path / f"a{suffix}").read_bytes(), video.read(tmp_path / f"a{suffix}").frames
+    path = tmp_path / f"b{suffix}"
+    for size in (len(data) // 2, len(data) - 1):
+        path.write_bytes(data[:size])
+        with pytest.raises(video.TruncatedVideoError, match="ends early or is damaged") as caught:
+            video.read(path)
+        readable = caught.value.readable
+        assert 4 <= readable <= 7 if size < len(data) - 1 else readable >= 11
+        assert torch.equal(video.read(path, allow_truncated=True).frames, whole[:readable])
+        assert torch.equal(video.read(path, stop=readable).frames, whole[:readable])
+    path.write_bytes(data + bytes(100))
+    assert torch.equal(video.read(path).frames, whole)
+
+
+def test_gifs_of_other_programs_are_whole(tmp_path):
+    Image = pytest.importorskip("PIL.Image")
+    pages = [Image.fromarray(np.uint8(page.permute(1, 2, 0) * 255)) for page in noise(3, (20, 30))]
+    pages[0].save(tmp_path / "a.gif", save_all=True, append_images=pages[1:], duration=50, comment=b";,!" * 200, loop=1)
+    assert len(video.read(tmp_path / "a.gif").frames) == 3
+    one = pages[0].convert("P", palette=Image.Palette.ADAPTIVE)
+    one.save(tmp_path / "b.gif")
+    assert torch.equal(
+        video.read(tmp_path / "b.gif").frames[0] * 255,
+        torch.from_numpy(np.array(one.convert("RGB"))).permute(2, 0, 1).float(),
+    )
+
+
+def test_matroska_of_unknown_length_is_read(tmp_path):
+    clip = noise(5, (16, 16))
+    rgb(tmp_path / "a.mkv", clip, live="1")
+    assert torch.equal(video.read(tmp_path / "a.mkv").frames, clip)
 
 
 def test_a_file_whose_frames_are_all_missing_says_so(tmp_path):
@@ -230,6 +309,12 @@ def test_frames_that_cannot_be_written_are_refused(tmp_path):
         video.write(tmp_path / "a.xyz", clip)
     with pytest.raises(ValueError, match=r"cannot be lossless 8 bit"):
         video.write(tmp_path / "a.gif", clip, lossless=True)
-    with pytest.raises(ValueError, match="rate must be"):
-        video.write(tmp_path / "a.mkv", clip, rate=0)
+    for rate in (0, float("nan"), float("inf"), 1e-9):
+        with pytest.raises(ValueError, match="rate must be"):
+            video.write(tmp_path / "a.mkv", clip, rate=rate)
+    for times in ((0, float("nan")), (0, float("inf")), (0, 1e9), (1, 0)):
+        with pytest.raises(ValueError, match="times must rise"):
+            video.write(tmp_path / "a.mkv", clip, times=times)
+    with pytest.raises(ValueError, match=r"libx265 cannot encode frames of 1x2 .*: choose another container"):
+        video.write(tmp_path / "a.mp4", clip[..., :2, :1], lossless=True, depth=10)
     assert leftovers(tmp_path) == []

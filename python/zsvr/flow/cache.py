@@ -51,7 +51,7 @@ def load(path: Path) -> tuple[Flow, dict[str, Any]]:
         if facts["sha256"] != hash_tensors(tensors):
             raise ValueError(f"{path} is damaged: its tensors are not those that were saved")
         return Flow(**tensors), facts["identity"]
-    except (safetensors.SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except (safetensors.SafetensorError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is no file of saved flow, or it is damaged: {error}") from error
 
 

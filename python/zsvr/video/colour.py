@@ -7,6 +7,8 @@ they are, so HDR video keeps its curve.
 
 from __future__ import annotations
 
+import re
+import struct
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,8 @@ WEIGHTS = {  # matrix -> weights of red and blue in luma
 }  # fmt: skip
 BT601, BT709 = 5, 1
 STUDIO, FULL = 1, 2
+EXIF = re.compile(rb"(?:\A|Exif\0\0|eXIf|EXIF....)(II\*\0|MM\0\*)", re.DOTALL)  # of TIFF, JPEG, PNG, WebP
+MIRRORED = {(-1, 0, 0, 1): 2, (1, 0, 0, -1): 4, (0, 1, 1, 0): 5, (0, -1, -1, 0): 7}  # signs of a matrix -> orientation
 
 
 def matrix(tag: int, height: int) -> int:
@@ -110,8 +114,36 @@ def to_luma_chroma(picture: np.ndarray, bits: int) -> Any:
     )  # fmt: skip
 
 
-def to_rgb(frame: Any) -> np.ndarray:
-    """Return a decoded av.VideoFrame as RGB float32 ``[3, H, W]`` in [0, 1], upright.
+def exif_mirroring(data: bytes) -> int:
+    """Return the Exif orientation of a picture file if it is a mirrored one (2, 4, 5, 7), else 0.
+
+    FFmpeg keeps of such an orientation a turn alone, which shows another picture.
+    """
+    found = EXIF.search(data)
+    if not found:
+        return 0
+    tiff = data[found.start(1) :]
+    order = "<" if tiff.startswith(b"I") else ">"
+    try:
+        (at,) = struct.unpack_from(f"{order}I", tiff, 4)
+        (count,) = struct.unpack_from(f"{order}H", tiff, at)
+        entries = [struct.unpack_from(f"{order}HHIH", tiff, at + 2 + 12 * n) for n in range(count)]
+    except struct.error:
+        return 0
+    return next((value for tag, _, _, value in entries if tag == 0x112 and value in MIRRORED.values()), 0)
+
+
+def _mirroring(frame: Any) -> int:
+    """Return what `exif_mirroring` does, of a video's display matrix."""
+    try:
+        matrix = np.frombuffer(frame.side_data["DISPLAYMATRIX"], np.int32)
+    except (KeyError, ValueError):  # none; or beside side data that PyAV does not know
+        return 0
+    return MIRRORED.get(tuple(np.sign(matrix[[0, 1, 3, 4]]).tolist()), 0)
+
+
+def to_rgb(frame: Any, mirroring: int = 0) -> np.ndarray:
+    """Return a decoded av.VideoFrame as RGB float32 ``[3, H, W]`` in [0, 1], upright (``mirroring``: `exif_mirroring`).
 
     RGB and grey of any depth are exact (``level / (2^bits - 1)``); Y'CbCr is computed in float and clipped.
     """
@@ -131,8 +163,13 @@ def to_rgb(frame: Any) -> np.ndarray:
     else:
         rgb = frame.reformat(format="rgb48le" if bits > 8 else "rgb24")
         picture = rgb.to_ndarray().astype(np.float32) / np.float32(65535 if bits > 8 else 255)
-    turns = round(frame.rotation / 90) if frame.rotation else 0
-    return np.ascontiguousarray(np.moveaxis(np.rot90(picture, turns), -1, 0))
+    mirroring = mirroring or _mirroring(frame)
+    if mirroring:
+        turned = picture.swapaxes(0, 1)
+        picture = {2: picture[:, ::-1], 4: picture[::-1], 5: turned, 7: turned[::-1, ::-1]}[mirroring]
+    else:
+        picture = np.rot90(picture, round(frame.rotation / 90) if frame.rotation else 0)
+    return np.ascontiguousarray(np.moveaxis(picture, -1, 0))
 
 
 def alpha_is_used(frame: Any) -> bool:

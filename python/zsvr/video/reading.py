@@ -6,17 +6,18 @@ import errno
 import os
 import pathlib
 import re
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from zsvr.files import Path
-from zsvr.video import colour
+from zsvr.video import colour, endings
 
 # What may be opened: no playlists, which would lead to other files or to the network.
 DEMUXERS = (
@@ -24,7 +25,7 @@ DEMUXERS = (
     "png_pipe,jpeg_pipe,bmp_pipe,tiff_pipe,webp_pipe,webp,apng"
 )
 FOLDER_RATE = Fraction(24)
-VARIABLE = 0.2  # spacing of frames may differ this much from the median, or by 2 ms, before the rate counts as variable
+VARIABLE = 0.2  # spacing may differ this much from the median, frames be half a frame (or 2 ms) off an even rate
 
 
 class TruncatedVideoError(ValueError):
@@ -126,6 +127,13 @@ def pictures(folder: pathlib.Path) -> list[pathlib.Path]:
     return sorted(found, key=_natural)
 
 
+class _Unnamed:
+    """A file for PyAV that keeps its name to itself: FFmpeg would take some names for patterns of other files."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.read, self.seek, self.tell = file.read, file.seek, file.tell
+
+
 class _Source:
     """An open video file or picture; use as a context manager."""
 
@@ -134,10 +142,17 @@ class _Source:
 
         self.path = path
         self.container: Any
-        size = path.stat().st_size
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for, a device never ends
+            raise ValueError(f"{path} is no regular file: a video or picture is read from one")
+        size = status.st_size
         self._file = open(path, "rb")  # noqa: SIM115
         try:
-            self.container = av.open(self._file, options={"format_whitelist": DEMUXERS})
+            beginning = self._file.read(6)
+            self._is_jpeg = beginning.startswith(endings.JPEG)  # FFmpeg does not know a large one by its beginning
+            self._file.seek(0)
+            kind = "jpeg_pipe" if self._is_jpeg else None
+            self.container = av.open(_Unnamed(self._file), format=kind, options={"format_whitelist": DEMUXERS})
         except BaseException as error:
             self._file.close()
             is_seek = isinstance(error, OSError) and error.errno == errno.EINVAL  # to before the start of a tiny file
@@ -154,6 +169,17 @@ class _Source:
             self.close()
             raise ValueError(f"{path} has no video stream: it holds {kinds}")
         self.stream = streams[0]
+        self.mirroring = 0
+        self._whole: int | None = None  # frames of a file that ends early
+        if beginning.startswith(endings.GIF):
+            self._whole = endings.whole_gif_frames(path.read_bytes())
+        self._is_picture = self.container.format.name.endswith("_pipe")
+        if self._is_picture:
+            data = path.read_bytes()
+            self.mirroring = colour.exif_mirroring(data)
+            if self._is_jpeg:  # what is missing would be grey, unheard
+                self._whole = 0 if endings.jpeg_ends_early(data) else None
+                self.stream.codec_context.options = {"err_detect": "explode"}
 
     def __enter__(self) -> _Source:
         return self
@@ -171,21 +197,28 @@ class _Source:
         return Fraction(found) if found and 0 < found < 10000 else FOLDER_RATE
 
     def declared(self) -> int | None:
-        """Return how many frames the file says it has: counted by the container, or by duration."""
+        """Return how many frames the file says it has: counted by the container, or by duration; a picture: 1."""
+        if self._is_picture:
+            return 1
         if self.stream.frames:
             return int(self.stream.frames)
         seconds = self.duration()
         return None if seconds is None else max(1, round(seconds * self.rate))
 
     def duration(self) -> float | None:
-        """Return the seconds the video stream says it lasts."""
+        """Return the seconds the video stream says it lasts; Matroska's count from the start of the file, not its own.
+
+        Such a stream that begins late may therefore seem longer than it is.
+        """
         if self.stream.duration and self.stream.time_base:
             return float(self.stream.duration * self.stream.time_base)
         match = re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", self.stream.metadata.get("DURATION", ""))
         return None if match is None else sum(float(x) * s for x, s in zip(match.groups(), (3600, 60, 1), strict=True))
 
     def points_beyond_the_end(self) -> bool:
-        """Return whether the index names bytes that the file does not have."""
+        """Return whether the index, or the length that the file says it has, names bytes that it does not have."""
+        if self.container.format.name.startswith("matroska") and endings.matroska_ends_early(self.path):
+            return True
         size = self.path.stat().st_size
         entries = self.stream.index_entries
         return any(entry.pos + entry.size > size for entry in entries)
@@ -195,15 +228,21 @@ class _Source:
         import av
 
         self.fault: str | None = None
+        count = 0
         try:
             for packet in self.container.demux(self.stream):
                 for frame in packet.decode():
-                    if frame.is_corrupt:
-                        self.fault = "a damaged frame"
+                    if frame.is_corrupt or count == self._whole:
+                        self.fault = "a damaged frame" if frame.is_corrupt else "its end is missing"
                         return
+                    count += 1
                     yield frame
+                    if self._is_jpeg:  # others may follow: a thumbnail, another view
+                        return
         except av.FFmpegError as error:
             self.fault = f"{error.__class__.__name__}"
+        if count == self._whole:
+            self.fault = "its end is missing"
 
 
 def probe(path: Path) -> VideoInfo:
@@ -220,7 +259,7 @@ def probe(path: Path) -> VideoInfo:
     with _Source(files[0]) as opened:
         first = next(opened.decode(), None)
         if first is None:
-            raise ValueError(f"{source} holds no frames that can be decoded ({opened.fault or 'zero frames'})")
+            raise ValueError(f"{files[0]} holds no frames that can be decoded ({opened.fault or 'zero frames'})")
         turned = bool(first.rotation) and round(first.rotation / 90) % 2
         is_luma_chroma = colour.is_luma_chroma(first.format)
         return VideoInfo(
@@ -262,10 +301,12 @@ class _Decoding:
                     frame = next(source.decode(), None)
                     if frame is None:
                         raise ValueError(f"{file} cannot be decoded ({source.fault or 'it holds no picture'})")
+                    self._mirroring = source.mirroring
                     yield frame
             return
         found, last = 0, None
         with _Source(self.info.path) as source:
+            self._mirroring = source.mirroring
             self._note_shape(source)
             for frame in source.decode():
                 if found == self.stop:
@@ -295,13 +336,13 @@ class _Decoding:
         if source.fault:
             return source.fault
         if source.points_beyond_the_end():
-            return "its index names bytes beyond its end"
+            return "it names bytes beyond its end"
         seconds, begin = source.duration(), source.stream.start_time
         if source.stream.frames or seconds is None or begin is None or last is None or last.time is None:
             return None
         # Containers without a count of frames: how long the stream says it is.
         shown = max(float(1 / source.rate), float((last.duration or 0) * (last.time_base or 0)))
-        end = last.time - float(begin * source.stream.time_base) + shown
+        end = last.time + shown - (float(begin * source.stream.time_base) if source.stream.duration else 0)
         return f"it ends at {end:.2f} of {seconds:.2f} s" if seconds - end > 2.5 / source.rate else None
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, float | None, float | None]]:
@@ -311,7 +352,7 @@ class _Decoding:
         for n, frame in enumerate(self._frames()):
             if n < self.start:
                 continue
-            picture = colour.to_rgb(frame)
+            picture = colour.to_rgb(frame, self._mirroring)
             if picture.shape[1:] != size:
                 name = pictures(self.info.path)[n].name if self.info.is_folder else f"frame {n}"
                 got = f"{picture.shape[2]}x{picture.shape[1]}"
@@ -375,28 +416,41 @@ def read(
     info = decoding.info
     limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if max_bytes is None else max_bytes
     needed = info.nbytes(start, stop)
-    if needed is not None and needed > limit:
-        fits = start + limit // (12 * info.width * info.height)
+    each = 12 * info.width * info.height
+    fits = limit // each
+    if (each if needed is None else needed) > limit:
+        what = "a frame" if needed is None else f"frames {start} to {info.frames if stop is None else stop}"
+        advice = f"read a range (stop={start + fits} fits)" if fits else "scale them first"
         raise MemoryError(
-            f"{info.path}: frames {start} to {info.frames if stop is None else stop} of {info.width}x{info.height} "
-            f"need {needed / 1e9:.2f} GB as float32, more than {limit / 1e9:.2f} GB: read a range (stop={fits} fits)"
+            f"{info.path}: {what} of {info.width}x{info.height} need {(needed or each) / 1e9:.2f} GB as float32, more "
+            f"than {limit / 1e9:.2f} GB: {advice}"
         )
-    expected = info.frames if stop is None else stop
-    frames = torch.empty(max(1, (expected or 64) - start), 3, info.height, info.width)
+    count = min(64 if needed is None else needed // each, fits)
+    frames = torch.empty(max(1, count), 3, info.height, info.width)
     times: list[float | None] = []
     end = None
     for picture, time, end in decoding:  # noqa: B007
-        if len(times) == len(frames):
-            frames = torch.cat((frames, torch.empty_like(frames)))
+        if len(times) == len(frames):  # the file has more than it says
+            more = min(len(frames), fits - len(frames))
+            if more < 1:
+                raise MemoryError(
+                    f"{info.path}: more than {len(frames)} frames of {info.width}x{info.height} need more than "
+                    f"{limit / 1e9:.2f} GB as float32: read a range (stop={start + len(frames)} fits)"
+                )
+            frames = torch.cat((frames, frames.new_empty(more, *frames.shape[1:])))
         frames[len(times)] = torch.from_numpy(picture)
         times.append(time)
     frames = frames[: len(times)]
     known = [t for t in times if t is not None]
     rate, variable = _timing(known if len(known) == len(times) else [], info.rate)
     sound = None
-    if info.has_sound and known and end is not None:
-        sound = Sound(info.path, known[0], end)
+    if info.has_sound and known:
+        n = next(n for n, time in enumerate(times) if time is not None)  # MPEG files do not give every frame its time
+        begin = known[0] - float(n / rate)
+        sound = Sound(info.path, begin, begin + float(len(times) / rate) if end is None else end)
     notes = list(decoding.notes)
+    if info.has_sound and sound is None:
+        notes.append("the sound was dropped: nothing says when these frames are shown")
     if variable:
         notes.append(f"frames are not evenly spaced; their times are kept, {float(rate):.3f} per second on average")
     return Video(frames, rate, variable, info.depth, sound, tuple(notes))
@@ -407,12 +461,20 @@ def _timing(times: list[float], rate: Fraction) -> tuple[Fraction, tuple[float, 
     if len(times) < 2:
         return rate, None
     steps = np.diff(times)
+    if steps.min() <= 0:  # times that do not rise say nothing
+        return rate, None
     typical = float(np.median(steps))
     mean = (times[-1] - times[0]) / (len(times) - 1)
-    if typical <= 0 or steps.min() <= 0 or np.abs(steps - typical).max() > max(VARIABLE * typical, 0.002):
-        if steps.min() <= 0:  # times that do not rise say nothing
-            return rate, None
-        return Fraction(1 / mean).limit_denominator(1001), tuple(t - times[0] for t in times)
-    if abs(mean * rate - 1) > 0.02:
-        rate = Fraction(1 / mean).limit_denominator(1001)
+    drift = np.abs(times[0] + mean * np.arange(len(times)) - times).max()
+    if np.abs(steps - typical).max() > max(VARIABLE * typical, 0.002) or drift > max(typical / 2, 0.002):
+        return _rate(mean), tuple(t - times[0] for t in times)
+    if abs(mean * rate - 1) * (len(times) - 1) > 0.5:  # the last frame would be shown half a frame off
+        rate = _rate(mean)
     return rate, None
+
+
+def _rate(seconds: float) -> Fraction:
+    """Return a rate by the seconds between frames; those of minutes too."""
+    return (
+        Fraction(1 / seconds).limit_denominator(1001) if seconds < 1 else 1 / Fraction(seconds).limit_denominator(1001)
+    )

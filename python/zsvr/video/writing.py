@@ -19,6 +19,8 @@ from zsvr.video import colour
 from zsvr.video.reading import DEMUXERS, Sound
 
 MILLION = 1_000_000
+GIF_LEAST = 0.02  # seconds that a frame may last: players show what is shorter for 0.1
+LONGEST = 10_000  # seconds, of other kinds: mp4 counts ticks in 31 bits, and reordering takes some of them
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,15 @@ def check_target(path: Path, *, lossless: bool = False, depth: int = 8, overwrit
     return target
 
 
+def _steps(times: Sequence[float] | None) -> list[float]:
+    return [] if times is None else [b - a for a, b in itertools.pairwise(times)]
+
+
+def _ticks(times: Sequence[float] | None) -> int:
+    """Return how finely times are told, per second."""
+    return MILLION if max(_steps(times), default=0) < 100 else 1000
+
+
 def write(
     path: Path,
     frames: Tensor | Iterable[Tensor],
@@ -175,7 +186,7 @@ def write(
         overwrite: replace what is at ``path``. It is replaced at once, when the new file is whole.
 
     Returns:
-        Notes for the user: what of the sound was lost, padding.
+        Notes for the user: what of the sound was lost, padding, a GIF that plays slower.
 
     Raises:
         FileExistsError, FileNotFoundError: see `zsvr.files.check_free`.
@@ -186,15 +197,24 @@ def write(
     if not target.suffix:
         return write_pictures(target, frames, depth=depth, overwrite=overwrite)
     container, encoding = _choose(target, lossless, depth)
+    if not 1e-4 <= float(rate) <= 1000:
+        raise ValueError(f"rate must be within 0.0001..1000 frames per second, got {rate}")
     exact = Fraction(rate).limit_denominator(100_000)
-    if not 0 < exact <= 1000:
-        raise ValueError(f"rate must be within 0..1000 frames per second, got {rate}")
-    if times is not None and any(b - a < 1e-6 for a, b in itertools.pairwise(times)):
-        raise ValueError("times must rise by a microsecond or more from frame to frame")
+    if not all(1 / _ticks(times) <= step * (1 + 1e-6) and step <= LONGEST for step in _steps(times)):
+        raise ValueError(
+            f"times must rise by a microsecond or more (a millisecond if a frame lasts minutes), and by {LONGEST} s at "
+            "most, from frame to frame"
+        )
+    notes = []
+    if container == "gif" and (least := min(_steps(times), default=1 / exact)) < GIF_LEAST * 0.999:
+        notes.append(f"it plays slower: a GIF's frames last {GIF_LEAST} s or more, these {float(least):.3g} s")
+        exact = min(exact, Fraction(round(1 / GIF_LEAST)))
+        if times is not None:
+            times = list(itertools.accumulate((max(step, GIF_LEAST) for step in _steps(times)), initial=0.0))
     with new_file(target, overwrite=overwrite) as partial:
         file = _Watched(partial)
         try:
-            return _encode(file, container, encoding, _pictures(frames), exact, times, sound, depth)
+            return (*notes, *_encode(file, container, encoding, _pictures(frames), exact, times, sound, depth))
         except BaseException as error:
             if file.error is not None and error is not file.error:
                 raise file.error from error
@@ -222,7 +242,7 @@ def _encode(
     if encoding.even and (height % 2 or width % 2):
         notes.append(f"padded from {width}x{height} to even sides")
         height, width = height + height % 2, width + width % 2
-    output = av.open(file, "w", format=container)
+    output = av.open(file, "w", format=container, options={"fflags": "+bitexact"})  # else Matroska has random numbers
     try:
         stream: Any = output.add_stream(encoding.codec, rate=rate, options=encoding.options)
         stream.height, stream.width, stream.pix_fmt = height, width, encoding.pixels
@@ -233,7 +253,12 @@ def _encode(
             context.colorspace = context.color_primaries = context.color_trc = colour.BT709
             context.color_range = colour.STUDIO
         if times is not None:
-            stream.codec_context.time_base = Fraction(1, 100 if container == "gif" else MILLION)
+            stream.codec_context.time_base = Fraction(1, 100 if container == "gif" else _ticks(times))
+        try:
+            stream.codec_context.open()
+        except av.FFmpegError as error:
+            reason = f"{encoding.codec} cannot encode frames of {width}x{height} ({error.strerror})"
+            raise ValueError(f"{reason}: choose another container") from error
         copy = contextlib.ExitStack()
         with copy:
             packets = _sound_packets(output, sound, copy, notes) if sound else iter(())
@@ -284,37 +309,73 @@ def _frame(picture: np.ndarray, size: tuple[int, int], pixels: str, depth: int) 
     return frame if pixels == "rgb24" else frame.reformat(format=pixels)
 
 
+class _Nowhere:
+    """A file for PyAV that forgets what is written."""
+
+    def __init__(self) -> None:
+        self.at = self.end = 0
+
+    def write(self, data: bytes) -> int:
+        self.at += len(data)
+        self.end = max(self.end, self.at)
+        return len(data)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self.at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.end}[whence]
+        return self.at
+
+    def tell(self) -> int:
+        return self.at
+
+
+def _shifted_packets(sound: Sound, source: Any, copied: Any) -> Iterator[Any]:
+    """Yield the packets of the sound's range for the stream ``copied``, shifted to start at 0."""
+    for packet in source.demux(source.streams.audio[0]):
+        if packet.dts is None or packet.pts is None:
+            continue
+        begin = float(packet.pts * packet.time_base)
+        if begin < sound.start - 1e-3 or begin >= sound.stop - 1e-3:
+            continue
+        shift = round(sound.start / packet.time_base)
+        packet.pts, packet.dts = packet.pts - shift, packet.dts - shift
+        packet.stream = copied
+        yield packet
+
+
+def _refusal(sound: Sound, container: str) -> str | None:
+    """Return why a container cannot hold the sound, found by writing it nowhere, or None if it can."""
+    import av
+
+    with sound.path.open("rb") as file, av.open(file, options={"format_whitelist": DEMUXERS}) as source:
+        original = source.streams.audio[0]
+        if original.codec_context is None:
+            return "its codec is unknown"
+        try:
+            with av.open(_Nowhere(), "w", format=container) as trial:
+                for packet in _shifted_packets(sound, source, trial.add_stream_from_template(original)):
+                    trial.mux(packet)
+        except (av.FFmpegError, ValueError):
+            return f"{container} cannot hold this {original.codec_context.codec.canonical_name}"
+    return None
+
+
 def _sound_packets(output: Any, sound: Sound, stack: contextlib.ExitStack, notes: list[str]) -> Iterator[Any]:
-    """Yield packets of the sound's range, shifted to start at 0, for streams added to ``output``."""
+    """Return packets of the sound's range, shifted to start at 0, for a stream added to ``output``."""
     import av
 
     file = stack.enter_context(sound.path.open("rb"))
     source = stack.enter_context(av.open(file, options={"format_whitelist": DEMUXERS}))
-    if not source.streams.audio:
+    tracks = source.streams.audio
+    if not tracks:
         notes.append(f"{sound.path} has no sound to copy")
         return iter(())
-    original = source.streams.audio[0]
-    if len(source.streams.audio) > 1:
-        notes.append(f"of {len(source.streams.audio)} sound tracks the first was kept")
-    try:
-        copied = output.add_stream_from_template(original)
-    except ValueError as error:
-        notes.append(f"the sound was dropped: {error}")
+    if len(tracks) > 1:
+        notes.append(f"of {len(tracks)} sound tracks the first was kept")
+    refusal = _refusal(sound, output.format.name)
+    if refusal:
+        notes.append(f"the sound was dropped: {refusal}")
         return iter(())
-
-    def packets() -> Iterator[Any]:
-        for packet in source.demux(original):
-            if packet.dts is None or packet.pts is None:
-                continue
-            begin = float(packet.pts * packet.time_base)
-            if begin < sound.start - 1e-3 or begin >= sound.stop - 1e-3:
-                continue
-            shift = round(sound.start / packet.time_base)
-            packet.pts, packet.dts = packet.pts - shift, packet.dts - shift
-            packet.stream = copied
-            yield packet
-
-    return packets()
+    return _shifted_packets(sound, source, output.add_stream_from_template(tracks[0]))
 
 
 def write_pictures(
