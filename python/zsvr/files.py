@@ -15,6 +15,7 @@ import pathlib
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -25,6 +26,9 @@ Path = str | os.PathLike[str]
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PARTIAL = ".zsvr-{}.partial"
+PRIVATE = 0o600
+UMASK = os.umask(0)
+os.umask(UMASK)
 
 
 def check_free(path: Path, *, overwrite: bool = False) -> pathlib.Path:
@@ -73,6 +77,8 @@ def new_file(path: Path, *, overwrite: bool = False) -> Iterator[pathlib.Path]:
         yield partial
         with open(partial, "rb+") as file:  # some filesystems tell of a full disk only now
             os.fsync(file.fileno())
+        if stat.S_IMODE(partial.stat().st_mode) == PRIVATE:  # safetensors makes files for their owner alone
+            partial.chmod(0o666 & ~UMASK)
         check_free(target, overwrite=overwrite)
         os.replace(partial, target)
     except OSError as error:

@@ -25,6 +25,7 @@ from zsvr.temporal.settings import Temporal
 
 Path = str | os.PathLike[str]
 MODES = ("real", "synthetic")
+LEVEL = 1 / 255  # a picture file may round that much
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -231,8 +232,14 @@ def open_job(
     clean: Tensor | None = None
     if measured is not None:
         y = measured.y[start:stop]
+        shown = measured.picture[start:stop]
         if len(y) != len(clip.frames):
             raise ValueError(f"{source} has {len(clip.frames)} frames, the exact measurement beside it {len(y)}")
+        if shown.shape != clip.frames.shape or float((shown - clip.frames).abs().max()) > LEVEL:
+            raise ValueError(
+                f"{source} shows other pictures than the exact measurement beside it: it was changed since; name the "
+                "task to restore the pictures, or degrade anew"
+            )
     elif mode == "synthetic":
         clean = degrading.prepare(clip.frames, prepare, opened.size[0])
         notes += degrading.describe_preparation(clip.frames, clean)

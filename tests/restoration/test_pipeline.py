@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -178,10 +179,10 @@ def test_the_exact_measurement_is_cut_like_its_video(prior, tmp_path):
 def test_the_config_tells_runs_apart(prior, tmp_path):
     path = tmp_path / "small.mkv"
     configs = []
-    for seed in (0, 1):
-        made = degrade(moving(2), operators.make("sr_avg", scale=2), noise_std=0.1, seed=seed)
-        degrading.save(path, made, rate=12, overwrite=True)
-        if seed == 0:
+    made = degrade(moving(2), operators.make("sr_avg", scale=2), noise_std=0.1)
+    for change in (0, 1e-4):
+        degrading.save(path, dataclasses.replace(made, y=made.y + change), rate=12, overwrite=True)
+        if not change:
             pictures = path.read_bytes()
         path.write_bytes(pictures)  # the same pictures, other values beside them
         configs.append(pipeline.open_job(path, prior=prior, steps=2).config)
@@ -370,3 +371,14 @@ def test_the_memory_of_a_call_is_that_of_its_activations():
     Linear.model.requires_grad_(False)
     found = planning.network_bytes(Linear(), 5, (10, 1000), torch.device("cpu"), gradient=False)
     assert found == 5 * 3 * 120_000  # x, y and the result: [1, 3, 10, 1000] in float32
+
+
+def test_a_measurement_is_not_taken_for_that_of_another_video(prior, tmp_path):
+    path = tmp_path / "small.mkv"
+    made = degrade(moving(3), operators.make("sr_avg", scale=2), noise_std=0.1)
+    degrading.save(path, made, rate=12)
+    assert pipeline.open_job(path, prior=prior, steps=2)
+    video.write(path, 0.95 * made.picture, lossless=True, rate=12, overwrite=True)
+    with pytest.raises(ValueError, match="other pictures"):
+        pipeline.open_job(path, prior=prior, steps=2)
+    assert pipeline.open_job(path, prior=prior, steps=2, task="sr_avg", operator={"scale": 2}, noise_std=0.1)
