@@ -185,3 +185,9 @@ def test_real_footage_degrades_as_strongly_as_it_is_asked_to(real_data):
     u = degrading.prepare(video.read(real_data / "carphone_pair" / "pristine", 0, 2).frames, "square", 128)
     measurement = degrading.degrade(u, operators.make("denoise"), noise_std=0.1)
     assert float((measurement.y - to_model(u)).std() / 2) == pytest.approx(0.1, rel=0.01)
+
+
+def test_files_beside_a_video_are_as_readable_as_others(tmp_path):
+    degrading.save(tmp_path / "small.mkv", degrading.degrade(clean(), operators.make("sr_avg", scale=2)))
+    (tmp_path / "other").write_text("")
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
