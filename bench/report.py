@@ -106,6 +106,9 @@ def _rate(record: Record) -> str:
 def _share(record: Record, ceilings: dict[str, float | None]) -> str:
     least = roofline(record, ceilings)
     if least is None:
+        if (record["op"], record["dtype"]) == ("cross_frame_attention", "bf16") and ceilings.get("dot_bf16"):
+            rate = record["flops"] / record["contestants"]["ours"]["p50"]
+            return f"{rate / (ceilings['dot_bf16'] or 1):.0%} of dot_bf16"
         if "of_fma_peak" in record:
             return f"{record['of_fma_peak']['p50']:.0%} of fma_fp32"
         return ""

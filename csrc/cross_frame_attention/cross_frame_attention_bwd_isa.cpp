@@ -6,7 +6,12 @@
 // Tiles:     keys in lanes, in blocks [D, kLanes]; queries in panels of kQueries rows; P and dS of a block serve
 //            all of dv, dk and dq: 5 products of P x P x D per pair of frames.
 // Traffic:   q, dO, k, v once per pair of spans; sums of dq, dk, dv in and out once per round.
-// Numerics:  float32, sums too whatever the storage; a row without keys gives zero gradients.
+// Numerics:  float32, sums too whatever the storage (bf16 in pairs: bf16_bwd.h); a row without keys gives zero
+//            gradients.
+#include <type_traits>
+
+#include "cross_frame_attention/bf16_bwd.h"
+#include "cross_frame_attention/bwd_task.h"
 #include "cross_frame_attention/cross_frame_attention.h"
 #include "cross_frame_attention/key_walk.h"
 #include "zsvr/tile.h"
@@ -17,11 +22,12 @@ namespace {
 
 using Params = CrossFrameAttentionBackwardParams;
 
-constexpr int64_t kSpan = 256;  // keys, and queries, of a task; part of the order of sums
-constexpr int kQueries = 96;    // rows of a panel
-constexpr int64_t kTasks = 8;   // of a round, per thread at least
-constexpr int64_t kSums =
-    8 << 20;  // bytes of sums that a group of heads may take, if tasks suffice
+constexpr int64_t kTasks = 8;       // of a round, per thread at least
+constexpr int64_t kSums = 8 << 20;  // bytes of sums of a group of heads, if tasks suffice
+
+// Whether products of this storage type are of pairs of bf16.
+template <class Scalar>
+constexpr bool kPairs = ZSVR_ISA_LEVEL >= 3 && std::is_same_v<Scalar, BFloat16>;
 
 // How a launch is cut. Heads are counted through all clips.
 struct Plan {
@@ -30,8 +36,6 @@ struct Plan {
   int64_t q_row;          // floats of a row of dq sums
   int64_t q_sum, kv_sum;  // floats of the sums of one head: dq; dk or dv
 };
-
-bool wants_scores(const Params& p) { return p.dk.data != nullptr || p.dq.data != nullptr; }
 
 Plan plan_of(const Params& p, int threads) {
   Plan plan;
@@ -94,6 +98,9 @@ struct Scratch {
 };
 
 int64_t scratch_bytes(const Params& p, const Plan& plan) {
+#if ZSVR_ISA_LEVEL >= 3
+  if (p.dtype == DType::kBFloat16) return PairPanels::bytes(p.D, plan.span);
+#endif
   return 4 * (2 * p.D * plan.span + (plan.span + 2 * kQueries) * panel_stride(p.D) +
               2 * kQueries * kLanes);
 }
@@ -205,22 +212,8 @@ void weigh(const Params& p, const Scratch& scratch, const float* k, const float*
   }
 }
 
-// One task: the keys of a span of source frame j against one span of queries of every frame that reads j.
-struct Task {
-  int64_t b, h;
-  int64_t j, key;  // source frame, first key
-  int keys;
-  int64_t query;  // first query
-  int queries;
-  const int32_t* column;  // [T]
-  float *dq, *dk, *dv;    // of the head: [T, P, q_row]; of the key span: [span / kLanes, D, kLanes]
-  bool first_of_queries;  // nothing was added to dq yet
-  bool first_of_keys;     // nor to dk and dv
-};
-
 template <class Scalar>
-void differentiate(const Params& p, const Plan& plan, const Shared& shared, const Scratch& scratch,
-                   const Task& task) {
+void differentiate(const Params& p, const Scratch& scratch, const BackwardTask& task) {
   const int D = static_cast<int>(p.D);
   const int64_t row = panel_stride(D);
   for (int at = 0; at < task.keys; at += kLanes) {
@@ -239,7 +232,7 @@ void differentiate(const Params& p, const Plan& plan, const Shared& shared, cons
   bool first = task.first_of_keys;
   for (int64_t i = 0; i < p.T; ++i) {
     if (task.column[i] != task.j) continue;
-    const int64_t fields = ((task.b * p.H + task.h) * p.T + i) * p.P + task.query;
+    const int64_t fields = i * p.P + task.query;
     for (int n = 0; n < task.queries; n += kQueries, first = false) {
       const int count = task.queries - n < kQueries ? task.queries - n : kQueries;
       copy_rows(p.q.at<Scalar>(task.b, i, task.query + n, task.h), p.q.stride_p, count, D,
@@ -250,8 +243,8 @@ void differentiate(const Params& p, const Plan& plan, const Shared& shared, cons
         const int keys = task.keys - at < kLanes ? task.keys - at : kLanes;
         by_width(keys, [&](auto width) {
           constexpr int kVec = width.count;
-          weigh<kVec>(p, scratch, scratch.k + at * D, scratch.v + at * D, shared.lse + fields + n,
-                      shared.delta + fields + n, count);
+          weigh<kVec>(p, scratch, scratch.k + at * D, scratch.v + at * D, task.lse + fields + n,
+                      task.delta + fields + n, count);
           if (task.dv != nullptr) {
             accumulate_block<kVec, Keep::kAll>(scratch.d_o, count, scratch.s, D, first, nullptr,
                                                task.dv + at * D);
@@ -263,8 +256,8 @@ void differentiate(const Params& p, const Plan& plan, const Shared& shared, cons
         });
         if (task.dq == nullptr) continue;
         multiply_block(scratch.t, count, keys, scratch.k_rows + at * row, row, D,
-                       task.first_of_queries && at == 0,
-                       task.dq + (i * p.P + task.query + n) * plan.q_row, plan.q_row);
+                       task.first_of_queries && at == 0, task.dq + (fields + n) * task.q_row,
+                       task.q_row);
       }
     }
   }
@@ -337,7 +330,7 @@ void run(const Params& p, const Executor& executor) {
         run_tasks(executor, heads * p.Tk * plan.spans, [&](int64_t index, int worker) {
           const int64_t part = index % plan.spans;
           const int64_t head = index / plan.spans / p.Tk;
-          Task task;
+          BackwardTask task;
           task.j = index / plan.spans % p.Tk;
           bool read = false;
           for (int64_t i = 0; i < p.T; ++i) read = read || column[i] == task.j;
@@ -352,13 +345,22 @@ void run(const Params& p, const Executor& executor) {
           task.keys = sites(task.key);
           task.queries = sites(task.query);
           task.column = column;
+          task.lse = shared.lse + (task.b * p.H + task.h) * p.T * p.P;
+          task.delta = shared.delta + (task.b * p.H + task.h) * p.T * p.P;
+          task.q_row = plan.q_row;
           const int64_t at = head * plan.kv_sum + (task.j * plan.spans + part) * plan.span * p.D;
           task.dq = p.dq.data != nullptr ? shared.dq + head * plan.q_sum : nullptr;
           task.dk = p.dk.data != nullptr ? shared.dk + at : nullptr;
           task.dv = p.dv.data != nullptr ? shared.dv + at : nullptr;
           task.first_of_queries = r == 0 && turn == 0;
           task.first_of_keys = r == shared.first[task.j] && turn == 0;
-          differentiate<Scalar>(p, plan, shared, scratch_of(p, plan, scratches, worker), task);
+#if ZSVR_ISA_LEVEL >= 3
+          if constexpr (kPairs<Scalar>) {
+            char* base = scratches + worker * scratch_bytes(p, plan);
+            return differentiate_pairs(p, PairPanels(p.D, plan.span, base), task);
+          }
+#endif
+          differentiate<Scalar>(p, scratch_of(p, plan, scratches, worker), task);
         });
       }
     }
@@ -373,8 +375,9 @@ void run(const Params& p, const Executor& executor) {
       const int64_t j = t - p.T;
       const bool any = shared.first[j] < p.R;
       if (p.dk.data != nullptr) {
-        write_keys<Scalar>(p, plan, shared.dk + head * plan.kv_sum, 1.0f, any, p.adds, p.dk, b, j,
-                           h);
+        // The vector form has scaled q already.
+        write_keys<Scalar>(p, plan, shared.dk + head * plan.kv_sum, kPairs<Scalar> ? p.scale : 1.0f,
+                           any, p.adds, p.dk, b, j, h);
       }
       if (p.dv.data != nullptr) {
         write_keys<Scalar>(p, plan, shared.dv + head * plan.kv_sum, 1.0f, any, false, p.dv, b, j,

@@ -231,24 +231,40 @@ def test_scores_are_sums_of_short_chains(isa, D, generator):
     assert error(lse) < 0.9 * error(one_chain)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("D", [40, 64])
-def test_gradients_of_sharp_attention(isa, D, generator):
+def test_gradients_of_sharp_attention(isa, D, dtype, generator):
     # Where one key takes all, P is the exponential of a small difference of large numbers: the backward's scores must
     # be the forward's, bit by bit.
-    q, k, v, weights = torch.randn(4, 4, 3, 31, 4, D, generator=generator).unbind(0)
-    q, frames = 4 * q, torch.arange(3, dtype=torch.int32)[:, None]
+    q, k, v, weights = torch.randn(4, 4, 3, 31, 4, D, generator=generator).to(dtype).float().unbind(0)
+    for name, ours, eager in compare_gradients(4 * q, k, v, weights, dtype):
+        assert ours < 1.3 * eager, f"{name}: {ours:.2e}, eager {eager:.2e}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
+def test_gradients_where_all_scores_are_far_below_zero(isa, dtype, generator):
+    # The exponential of what lies beside the keys of a block is infinite then.
+    q, k, v, weights = torch.randn(4, 2, 3, 31, 2, 16, generator=generator).unbind(0)
+    q, k = 0.5 * q + 6, 0.5 * k - 6
+    compare_gradients(*(x.to(dtype).float() for x in (q, k, v, weights)), dtype)
+
+
+def compare_gradients(q, k, v, weights, dtype):
+    """Check gradients, every frame attending to itself; return their names, errors, and errors of eager attention."""
+    frames, scale = torch.arange(q.shape[1], dtype=torch.int32)[:, None], q.shape[-1] ** -0.5
 
     def gradients(function, dtype):
         leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
         return torch.autograd.grad(function(*leaves), leaves, weights.to(dtype))
 
-    ours = gradients(lambda *x: zk.cross_frame_attention(*x, frames, backend="cpu"), torch.float32)
-    oracle = gradients(lambda *x: reference(*x, frames, D**-0.5)[0], torch.float64)
-    eager = gradients(lambda *x: testing.eager_cross_frame_attention(*x, frames, D**-0.5)[0], torch.float32)
+    ours = gradients(lambda *x: zk.cross_frame_attention(*x, frames, backend="cpu"), dtype)
+    oracle = gradients(lambda *x: reference(*x, frames, scale)[0], torch.float64)
+    eager = gradients(lambda *x: testing.eager_cross_frame_attention(*x, frames, scale)[0], dtype)
+    errors = []
     for name, x, o, e in zip(("dq", "dk", "dv"), ours, oracle, eager, strict=True):
         testing.assert_within_budget(x, o, e, name, gradient=True)
-        error = [torch.linalg.vector_norm(y - o) for y in (x, e)]
-        assert error[0] < 1.3 * error[1], f"{name}: {error[0]:.2e}, eager {error[1]:.2e}"
+        errors.append((name, *(float(torch.linalg.vector_norm(y - o)) for y in (x, e))))
+    return errors
 
 
 @pytest.mark.parametrize("rows", ["neighbors", "window", "mixed", "anchors", "gather"])

@@ -142,13 +142,14 @@ ZSVR_INLINE Vec dot_pairs(Vec sum, __m512i a, __m512i b) {
   return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
 }
 
-// sum[r] += panel[n * step + r * between] . packed[n] over n < count: rows of scores are `between` apart and their
-// pairs adjacent, channels of values are adjacent and their pairs a row apart.
+// sum[r] += panel[n * step + r * between] . packed[n] over n < count, rows of packed `row` apart: rows of scores are
+// `between` apart and their pairs adjacent, channels of values are adjacent and their pairs a row apart.
 template <int kCount, int kVec>
 ZSVR_INLINE void multiply_pairs(const uint32_t* panel, int64_t between, int64_t step,
-                                const uint32_t* packed, int count, Vec (&sum)[kCount][kVec]) {
+                                const uint32_t* packed, int count, Vec (&sum)[kCount][kVec],
+                                int64_t row = kLanes) {
 #pragma GCC unroll 2
-  for (int n = 0; n < count; ++n, panel += step, packed += kLanes) {
+  for (int n = 0; n < count; ++n, panel += step, packed += row) {
     __m512i lane[kVec];
 #pragma GCC unroll 4
     for (int v = 0; v < kVec; ++v) lane[v] = _mm512_loadu_si512(packed + v * 16);
