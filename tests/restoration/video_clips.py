@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import pathlib
+import subprocess
+import sys
+import textwrap
 
 import av
 import torch
@@ -34,3 +38,31 @@ def rgb(path: pathlib.Path, clip: torch.Tensor, kind: str | None = None, **optio
 
 def leftovers(folder: pathlib.Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir())
+
+
+def refused_writes(setup: str, limits: tuple[int, ...], folder: pathlib.Path) -> list[str]:
+    """Return the messages of writes that the kernel's own limit on file sizes makes fail, at the first or a late one.
+
+    Args:
+        setup: statements that make a list ``calls`` from ``clip`` and ``folder``; each is to raise EFBIG.
+        limits: bytes.
+        folder: where they write.
+    """
+    script = "import pathlib, resource, signal, sys, torch\nfolder = pathlib.Path(sys.argv[1])\n"
+    script += "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+    script += "clip = torch.rand(6, 3, 64, 64, generator=torch.Generator().manual_seed(0))\n"
+    script += textwrap.dedent(setup) + textwrap.dedent(f"""
+        for limit in {limits}:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, -1))
+            for call in calls:
+                try: call()
+                except OSError as error: print(error.errno, error)
+                else: print("written")
+    """)
+    done = subprocess.run([sys.executable, "-c", script, str(folder)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = done.stdout.splitlines()
+    for line in lines:
+        assert line.startswith(f"{errno.EFBIG} ") and "was not written, the file grew larger" in line, line
+        assert line.endswith("nothing of it was left behind"), line
+    return lines

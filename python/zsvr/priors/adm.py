@@ -23,6 +23,7 @@ from zsvr.files import hash_file
 from zsvr.priors import weights_cache
 from zsvr.priors.adm_layout import GROUPS, ADMLayout, check_keys, infer_layout, key_map
 from zsvr.priors.base import Prior, sides
+from zsvr.schedule import cosine_betas, linear_betas
 
 ORDERS = ("legacy", "new")
 SCHEDULES = ("linear", "cosine")
@@ -77,11 +78,9 @@ def alphas_bar(schedule: str, steps: int) -> Tensor:
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps must be the number of training steps, got {steps!r}")
     if schedule == "linear":
-        beta = torch.linspace(1e-4 * 1000 / steps, 0.02 * 1000 / steps, steps, dtype=torch.float64)
+        beta = linear_betas(steps, 1e-4 * 1000 / steps, 0.02 * 1000 / steps)
     elif schedule == "cosine":
-        level = torch.arange(steps + 1, dtype=torch.float64) / steps
-        cosine = torch.cos((level + 0.008) / 1.008 * math.pi / 2).square()
-        beta = (1 - cosine[1:] / cosine[:-1]).clamp(max=0.999)
+        beta = cosine_betas(steps)
     else:
         raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
     if beta.max() >= 1:
