@@ -94,6 +94,7 @@ _AMPERE: dict[str, tuple[Row, ...]] = {
 _SMALL_AMPERE: dict[str, tuple[Row, ...]] = {
     "fwd": (
         (96, 64, Tiles(64, 64, 4, 2)),
+        (32, ANY, Tiles(64, 64, 4, 2)),
         (64, ANY, Tiles(128, 64, 4, 2)),
         (128, ANY, Tiles(128, 32, 8, 2)),
         (256, ANY, Tiles(64, 32, 8, 2)),
@@ -120,6 +121,7 @@ _CDNA3: dict[str, tuple[Row, ...]] = {
         (256, ANY, Tiles(64, 32, 4, 1)),
     ),
     "dq": (
+        (32, ANY, Tiles(64, 64, 2, 1)),
         (64, ANY, Tiles(64, 64, 4, 1)),
         (256, ANY, Tiles(64, 32, 4, 1)),
     ),
@@ -153,8 +155,21 @@ _FLOAT32_SMALL: dict[str, tuple[Row, ...]] = {
         (256, ANY, Tiles(32, 16, 8, 2)),
     ),
 }
+_FLOAT32_AMPERE: dict[str, tuple[Row, ...]] = {
+    **_FLOAT32_SMALL,
+    "dq": (
+        (32, ANY, Tiles(32, 32, 4, 1)),
+        (48, ANY, Tiles(32, 16, 8, 2)),
+        (96, ANY, Tiles(32, 32, 8, 2)),
+        (128, ANY, Tiles(16, 16, 8, 2)),
+        (160, ANY, Tiles(32, 16, 8, 2)),
+        (256, ANY, Tiles(16, 16, 8, 2)),
+    ),
+}
 _FLOAT32_CDNA3: dict[str, tuple[Row, ...]] = {
     **_FLOAT32,
+    "fwd": ((32, ANY, Tiles(64, 64, 4, 2)), *_FLOAT32["fwd"]),
+    "dq": ((32, ANY, Tiles(32, 32, 2, 2)), *_FLOAT32["dq"]),
     "dkv": (
         (96, ANY, Tiles(16, 32, 4, 1)),
         (256, ANY, Tiles(16, 16, 4, 1)),
@@ -167,6 +182,14 @@ _TF32: dict[str, tuple[Row, ...]] = {
         (256, ANY, Tiles(16, 16, 8, 2)),
     ),
     "dkv": (
+        (96, ANY, Tiles(32, 32, 8, 2)),
+        (256, ANY, Tiles(16, 16, 8, 2)),
+    ),
+}
+_TF32_BLACKWELL: dict[str, tuple[Row, ...]] = {
+    **_TF32,
+    "dq": (
+        (32, ANY, Tiles(32, 32, 4, 2)),
         (96, ANY, Tiles(32, 32, 8, 2)),
         (256, ANY, Tiles(16, 16, 8, 2)),
     ),
@@ -192,7 +215,7 @@ _INTERPRETER: dict[str, tuple[Row, ...]] = {name: ((256, ANY, Tiles(32, 32, 4, 1
 _TABLES = {
     "16-bit": {"sm_80": _AMPERE, "sm_86": _SMALL_AMPERE, "sm_90": _HOPPER, "sm_100": _BLACKWELL, "gfx942": _CDNA3},
     "ieee": {
-        "sm_80": _FLOAT32_SMALL,
+        "sm_80": _FLOAT32_AMPERE,
         "sm_86": _FLOAT32_SMALL,
         "sm_90": _FLOAT32,
         "sm_100": _FLOAT32,
@@ -202,7 +225,7 @@ _TABLES = {
         "sm_80": _TF32,
         "sm_86": _TF32,
         "sm_90": _TF32_HOPPER,
-        "sm_100": _TF32,
+        "sm_100": _TF32_BLACKWELL,
         "gfx942": _FLOAT32_CDNA3,
     },
 }

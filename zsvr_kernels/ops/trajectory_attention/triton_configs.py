@@ -50,8 +50,9 @@ _TABLE: dict[tuple[str, str], Row] = {
     ("cpu", "samples"): Row(4, 2, 1, 4),
     ("sm_80", "fwd"): Row(1, 2, 1, 8, 96),
     ("sm_86", "fwd"): Row(1, 2, 1, 8),
-    ("sm_100", "fwd"): Row(1, 2, 1, 8, 96),
+    ("sm_100", "fwd"): Row(1, 2, 1, 8, 128),
     ("sm_100", "queries"): Row(1, 2, 1, 4, 160),
+    ("sm_100", "sites fp16"): Row(1, 2, 1, 8),
     ("gfx942", "fwd"): Row(1, 2, 1, 4),
     ("gfx942", "queries"): Row(1, 1, 1, 4),
     ("gfx942", "sites"): Row(1, 2, 2, 4),
@@ -71,7 +72,7 @@ def tile_of(kernel: str, target: str, dtype: str, D: int, H: int, grid: tuple[in
     ``dtype`` is ``"bf16"``, ``"fp16"`` or ``"fp32"``.
     """
     default = _DEFAULT.get(f"{kernel} {dtype}", _DEFAULT[kernel])
-    row = _TABLE.get((target, kernel), default)
+    row = _TABLE.get((target, f"{kernel} {dtype}"), _TABLE.get((target, kernel), default))
     itemsize = 4 if dtype == "fp32" else 2
     # Threads of one row of numbers; an interpreted program costs about the same whatever its tile.
     lanes = 8 if target == "cpu" else max(1, power_of_two(D) * itemsize // 16)
